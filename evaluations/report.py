@@ -1,0 +1,333 @@
+"""The audit on paper: reading a report, and the HTML page and model card section made from it.
+
+Nothing is decided here: values, criteria and verdicts arrive as they are and are only shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from unlearn.errors import BadInput
+from unlearn.evaluations import plots
+from unlearn.evaluations.schema import (
+    BETTER,
+    CHECKPOINTS,
+    SCHEMA_VERSION,
+    SUBSETS,
+    VERDICTS,
+    Checkpoint,
+    Cost,
+    Distribution,
+    Example,
+    Finding,
+    Hyperparameter,
+    Interval,
+    RecordSet,
+    Report,
+    Subset,
+    TrajectoryPoint,
+    Value,
+    Verdict,
+)
+
+__all__ = [
+    "Cost",
+    "Distribution",
+    "Example",
+    "Finding",
+    "Hyperparameter",
+    "Interval",
+    "RecordSet",
+    "Report",
+    "TrajectoryPoint",
+    "Value",
+    "read",
+    "render_html",
+    "render_markdown",
+]
+
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+
+def read(path: str | Path) -> Report:
+    """Read a report from its JSON file.
+
+    Args:
+        path: The file, usually report.json in a run directory.
+
+    Returns:
+        The report.
+
+    Raises:
+        BadInput: The file cannot be read, is not JSON, is of another version, or is no report.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise BadInput(f"{path} is not a report: it is not JSON text.") from error
+    version = fields.get("schema_version") if isinstance(fields, dict) else None
+    if version is None:
+        raise BadInput(f"{path} is not a report: it has no schema_version.")
+    if version != SCHEMA_VERSION:
+        raise BadInput(
+            f"{path} is a report of version {str(version)[:20]!r}, and this release reads version "
+            f"{SCHEMA_VERSION!r}; write the report again or use the release that wrote it."
+        )
+    try:
+        return Report.model_validate(fields)
+    except ValidationError as error:
+        fault, *others = error.errors(include_url=False, include_input=False)
+        where = ".".join(str(part) for part in fault["loc"])
+        more = f" (and {len(others)} more)" if others else ""
+        raise BadInput(f"{path} is not a report: {where}: {fault['msg']}{more}.") from error
+
+
+def render_html(report: Report) -> str:
+    """The report as one self-contained page: no script, no network, the same bytes every time.
+
+    Args:
+        report: What to show. Every text in it is escaped.
+
+    Returns:
+        An HTML document.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    folder = resources.files("unlearn.evaluations.templates")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        number=number, duration=duration, size=_size, finding_strip=_strip, percent=_percent
+    )
+    template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        report=report,
+        css=Markup((folder / "report.css").read_text(encoding="utf-8")),  # noqa: S704 our own file
+        groups=_groups(report),
+        columns=_columns(report),
+        tally=_tally(report),
+        levels=_levels(report),
+        losses=_loss_figures(report),
+        drawn=[
+            name
+            for name in CHECKPOINTS
+            if any(getattr(distribution, name) for distribution in report.distributions)
+        ],
+        terms=_term_figures(report),
+        labels={"verdicts": VERDICTS, "better": BETTER, "subsets": SUBSETS},
+        checkpoints=CHECKPOINTS,
+    )
+
+
+def render_markdown(report: Report) -> str:
+    """The report as a short section of a model card.
+
+    Args:
+        report: What to show. Every text in it is escaped; examples are left out.
+
+    Returns:
+        Markdown that starts with a second-level heading and ends in a line break.
+    """
+    columns = _columns(report)
+    lines = [
+        "## Unlearning audit",
+        "",
+        f"**Verdict: {report.verdict}.** {_plain(report.verdict_reason)}",
+        "",
+        f"Method `{_code(report.method)}`, audited {report.created[:10]}. {_tally(report)} "
+        f"Checkpoint before: `{_code(report.checkpoint_in[:16])}`, "
+        f"after: `{_code(report.checkpoint_out[:16])}`.",
+        "",
+    ]
+    if report.findings:
+        head = ["Check", "n", *(column.capitalize() for column in columns), "Rule", "Verdict"]
+        lines += [_row(head), _row(["---"] * len(head))]
+    for subset, findings in _groups(report):
+        for finding in findings:
+            unit = f" ({_plain(finding.unit)})" if finding.unit else ""
+            values = [_written(getattr(finding, column)) for column in columns]
+            rule = _plain(finding.criterion) or BETTER[finding.better]
+            check = f"{_plain(finding.title)}{unit}, {SUBSETS[subset].lower()}"
+            lines.append(_row([check, f"{finding.n:,}", *values, rule, VERDICTS[finding.verdict]]))
+    if report.limits:
+        lines += ["", "What this evidence does not show:", ""]
+        lines += [f"- {_plain(limit)}" for limit in report.limits]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def number(value: float) -> str:
+    """A measured number to about three digits, with a true minus sign.
+
+    >>> [number(x) for x in (0.0, 0.12345, -3.2, 51.234, 1234.5, 1.9e-23)]
+    ['0', '0.123', '−3.200', '51.23', '1,234', '1.9e−23']
+    """
+    size = abs(value)
+    if size == 0:
+        text = "0"
+    elif size < 0.0005 or size >= 1e7:
+        text = f"{value:.1e}"
+    elif size < 1000:
+        text = f"{value:.{3 if size < 10 else 2 if size < 100 else 1}f}"
+    else:
+        text = f"{value:,.0f}"
+    return text.replace("-", MINUS)
+
+
+def duration(seconds: float) -> str:
+    """A time span in the units people use.
+
+    >>> [duration(s) for s in (0.4213, 12.34, 312.0, 7500.0)]
+    ['0.42 s', '12.3 s', '5 min 12 s', '2 h 05 min']
+    """
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _size(count: int) -> str:
+    """A number of bytes in binary units."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _percent(level: float) -> str:
+    """A confidence level such as 95%."""
+    return f"{100 * level:.4g}%"
+
+
+def _groups(report: Report) -> list[tuple[Subset, list[Finding]]]:
+    """Findings by subset, in a fixed order of subsets and the given order within each."""
+    groups = [
+        (subset, [finding for finding in report.findings if finding.subset == subset])
+        for subset in SUBSETS
+    ]
+    return [group for group in groups if group[1]]
+
+
+def _columns(report: Report) -> list[Checkpoint]:
+    """Checkpoints with a value in any finding; the unlearned one always."""
+    return [
+        checkpoint
+        for checkpoint in CHECKPOINTS
+        if checkpoint == "unlearned"
+        or any(getattr(finding, checkpoint) for finding in report.findings)
+    ]
+
+
+def _tally(report: Report) -> str:
+    """How the checks came out, in one sentence."""
+    counts = {
+        verdict: sum(finding.verdict == verdict for finding in report.findings)
+        for verdict in VERDICTS
+    }
+    words: dict[Verdict, str] = {"pass": "passed", "fail": "failed", "inconclusive": "inconclusive"}
+    parts = [f"{counts[verdict]} {word}" for verdict, word in words.items()]
+    if counts["not_run"]:
+        parts.append(f"{counts['not_run']} not run")
+    return f"Checks: {', '.join(parts)}."
+
+
+def _values(report: Report) -> Iterable[Value]:
+    """Every measured value of the report."""
+    for finding in report.findings:
+        for checkpoint in CHECKPOINTS:
+            value = getattr(finding, checkpoint)
+            if value is not None:
+                yield value
+
+
+def _levels(report: Report) -> list[float]:
+    """The confidence levels of all intervals, each once."""
+    return sorted({value.interval.level for value in _values(report) if value.interval})
+
+
+def _strip(finding: Finding) -> Any:
+    """The values of a finding on one line."""
+    from markupsafe import Markup
+
+    marks = []
+    for checkpoint in CHECKPOINTS:
+        value: Value | None = getattr(finding, checkpoint)
+        if value is not None:
+            ends = (value.interval.low, value.interval.high) if value.interval else (None, None)
+            marks.append(plots.Mark(checkpoint, value.value, *ends))
+    return Markup(plots.strip(marks))  # noqa: S704 numbers and fixed names only
+
+
+def _loss_figures(report: Report) -> list[dict[str, Any]]:
+    """A histogram for each subset that has losses."""
+    figures = []
+    for distribution in report.distributions:
+        series: dict[str, tuple[float | None, ...]] = {
+            name: getattr(distribution, name) for name in CHECKPOINTS if getattr(distribution, name)
+        }
+        if series:
+            title = SUBSETS[distribution.subset]
+            label = f"{title}: distribution of losses, {', '.join(series)}"
+            drawing = plots.loss_histogram(series, label)
+            n = max(len(losses) for losses in series.values())
+            figures.append(_figure(title, drawing, n=n, names=list(series)))
+    return figures
+
+
+def _term_figures(report: Report) -> list[dict[str, Any]]:
+    """A curve for each training term, in order of appearance."""
+    names = dict.fromkeys(name for point in report.trajectory for name in point.terms)
+    figures = []
+    for name in names:
+        points = [point for point in report.trajectory if name in point.terms]
+        label = f"Course of {name} over the training steps"
+        drawing = plots.trajectory(
+            [point.step for point in points], [point.terms[name] for point in points], label
+        )
+        figures.append(_figure(name, drawing))
+    return figures
+
+
+def _figure(title: str, drawing: plots.Drawing, **more: Any) -> dict[str, Any]:
+    """What the template needs to know of a drawing."""
+    from markupsafe import Markup
+
+    svg = Markup(drawing.svg)  # noqa: S704 drawn and escaped by ourselves
+    return {"title": title, "svg": svg, "note": drawing.note, **more}
+
+
+def _written(value: Value | None) -> str:
+    """A value with its interval, on one line."""
+    if value is None:
+        return DASH
+    text = number(value.value)
+    if value.interval:
+        text += f" ({number(value.interval.low)} to {number(value.interval.high)})"
+    return text
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    line = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(text.split()))
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(text: str) -> str:
+    """Text that can stand between backticks in a Markdown table."""
+    return re.sub(r"[`|\s]+", " ", text)
+
+
+def _row(cells: list[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,241 @@
+"""What a report consists of: the versioned record behind report.json.
+
+A report holds numbers, names, counts and fingerprints. It never holds record texts, unless examples
+were asked for explicitly; so it can be passed on where the forgotten data must not go. Records are
+immutable and know no field beyond their own; numbers are finite, and where a model may produce
+others (losses, training terms) None stands for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+SCHEMA_VERSION: Literal["1"] = "1"
+
+Subset = Literal["forget", "retain", "holdout", "holdout_forget"]
+Verdict = Literal["pass", "fail", "inconclusive", "not_run", "info"]
+Checkpoint = Literal["original", "unlearned", "retrained"]
+
+CHECKPOINTS: tuple[Checkpoint, ...] = ("original", "unlearned", "retrained")
+SUBSETS: dict[Subset, str] = {
+    "forget": "Forget set",
+    "retain": "Retain set",
+    "holdout": "Holdout set",
+    "holdout_forget": "Holdout of the forgotten kind",
+}
+VERDICTS: dict[Verdict, str] = {
+    "pass": "pass",
+    "fail": "fail",
+    "inconclusive": "inconclusive",
+    "not_run": "not run",
+    "info": "for information",
+}
+BETTER = {
+    "lower": "lower is better",
+    "higher": "higher is better",
+    "closer_to_retrained": "closer to retrained is better",
+}
+
+
+def _finite_or_none(value: Any) -> float | None:
+    """A number as JSON can hold it: None stands for NaN and infinities."""
+    if value is None:
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _finite_or_nones(values: Iterable[Any]) -> tuple[float | None, ...]:
+    """Numbers as JSON can hold them."""
+    return tuple(_finite_or_none(value) for value in values)
+
+
+Number = Annotated[float | None, BeforeValidator(_finite_or_none)]
+Numbers = Annotated[tuple[float | None, ...], BeforeValidator(_finite_or_nones)]
+
+
+class _Record(BaseModel):
+    """Immutable, without unknown fields, without NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Interval(_Record):
+    """A two-sided confidence interval."""
+
+    low: float
+    high: float
+    level: float = Field(default=0.95, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} lies above high {self.high}")
+        return self
+
+
+class Value(_Record):
+    """A measured number, with its interval where one can be given."""
+
+    value: float
+    interval: Interval | None = None
+
+
+class Finding(_Record):
+    """One measurement on the checkpoints, the rule it is held against, and the outcome.
+
+    Attributes:
+        name: Stable key in snake_case, such as "extraction_strength".
+        title: What was measured, for people.
+        subset: The records it was measured on.
+        unit: Unit of the values, such as "share of tokens"; empty for pure numbers.
+        better: Which way is better.
+        n: Number of records measured.
+        original: The checkpoint as it came in; None if not measured.
+        unlearned: The checkpoint under audit; None if not measured.
+        retrained: A checkpoint trained without the forget set; None if there is none.
+        criterion: The rule in words; empty for mere information.
+        verdict: The outcome of the rule.
+        reason: One sentence on why it was not run or stays inconclusive.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    title: str
+    subset: Subset
+    unit: str = ""
+    better: Literal["lower", "higher", "closer_to_retrained"]
+    n: int = Field(ge=0)
+    original: Value | None = None
+    unlearned: Value | None = None
+    retrained: Value | None = None
+    criterion: str = ""
+    verdict: Verdict
+    reason: str = ""
+
+
+class Hyperparameter(_Record):
+    """A setting of the method; ``given`` tells whether the user set it or the default held."""
+
+    name: str
+    value: str
+    given: bool = False
+
+
+class RecordSet(_Record):
+    """A set of records by its size and fingerprint."""
+
+    name: str
+    n: int = Field(ge=0)
+    fingerprint: str
+
+
+class Cost(_Record):
+    """What the run took: seconds by phase, peak memory in bytes, and the device."""
+
+    seconds: dict[str, float] = Field(default_factory=dict)
+    peak_memory_bytes: int | None = Field(default=None, ge=0)
+    device: str = ""
+
+
+class Distribution(_Record):
+    """Mean negative log-likelihood of each record of a subset, in nats, by checkpoint.
+
+    A loss that is not finite is kept as None, so that it can be counted.
+    """
+
+    subset: Subset
+    original: Numbers = ()
+    unlearned: Numbers = ()
+    retrained: Numbers = ()
+
+
+class TrajectoryPoint(_Record):
+    """Training terms at one step; a value that is not finite is kept as None."""
+
+    step: int = Field(ge=0)
+    terms: dict[str, Number]
+
+
+class Example(_Record):
+    """A record's prompt and answers before and after. Only for reports that may hold record texts.
+
+    Attributes:
+        subset: The set the record belongs to.
+        prompt: What the models were given.
+        reference: The true continuation; None to leave it out.
+        original: Answer of the original checkpoint.
+        unlearned: Answer of the unlearned checkpoint.
+        retrained: Answer of the retrained checkpoint.
+    """
+
+    subset: Subset
+    prompt: str
+    reference: str | None = None
+    original: str | None = None
+    unlearned: str | None = None
+    retrained: str | None = None
+
+
+class Report(_Record):
+    """Everything a reader needs to judge one erasure, except the erased data.
+
+    Attributes:
+        schema_version: Version of this format.
+        title: Headline.
+        created: Time of writing, ISO 8601 in UTC.
+        verdict: The outcome over all required checks.
+        verdict_reason: One or two sentences on what decided it.
+        request: Facts on what was asked, such as the kind of target and the number of records.
+        method: Name of the unlearning method.
+        hyperparameters: Every setting of the method.
+        sets: The record sets involved.
+        findings: The measurements.
+        notes: Sentences on choices made on the way.
+        limits: Sentences on what this evidence does not show.
+        cost: What the run took.
+        environment: Versions of the software involved.
+        distributions: Per-record losses.
+        trajectory: Training terms over the steps.
+        examples: Texts before and after; None unless they were asked for.
+        checkpoint_in: Fingerprint of the original checkpoint.
+        checkpoint_out: Fingerprint of the unlearned checkpoint.
+    """
+
+    schema_version: Literal["1"] = SCHEMA_VERSION
+    title: str
+    created: str
+    verdict: Literal["forgotten", "not forgotten", "inconclusive"]
+    verdict_reason: str
+    request: dict[str, str] = Field(default_factory=dict)
+    method: str
+    hyperparameters: tuple[Hyperparameter, ...] = ()
+    sets: tuple[RecordSet, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
+    cost: Cost = Cost()
+    environment: dict[str, str] = Field(default_factory=dict)
+    distributions: tuple[Distribution, ...] = ()
+    trajectory: tuple[TrajectoryPoint, ...] = ()
+    examples: tuple[Example, ...] | None = None
+    checkpoint_in: str
+    checkpoint_out: str
+
+    @field_validator("created")
+    @classmethod
+    def _utc(cls, created: str) -> str:
+        if datetime.fromisoformat(created).utcoffset() != timedelta(0):
+            raise ValueError("must be a time in UTC, such as 2025-01-31T12:00:00+00:00")
+        return created

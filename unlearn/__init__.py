@@ -1,0 +1,44 @@
+"""Make a trained PyTorch model forget chosen data, and prove how well it did.
+
+>>> import unlearn
+>>> result = unlearn.forget("checkpoint", method="npo", forget="forget.jsonl",
+...                         retain="retain.jsonl", out="runs/1")  # doctest: +SKIP
+>>> result.report.verdict  # doctest: +SKIP
+'forgotten'
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlearn.run import Progress, Result
+
+__all__ = ["forget"]
+
+
+def forget(checkpoint: Any, *, progress: Progress | None = None, **settings: Any) -> Result:
+    """Carry out one erasure request, as ``unlearn run`` does.
+
+    Args:
+        checkpoint: a directory, hub name, earlier run, ``nn.Module`` or
+            :class:`unlearn.interface.Subject`; one in memory is changed in place.
+        progress: told about every step.
+        **settings: the fields of :class:`unlearn.config.RunConfig`: method, forget, retain,
+            holdout, data, forget_classes, retrained, set (hyperparameters), out, seed and more.
+            Data may be paths or objects in memory. Without ``out`` nothing is kept on disk.
+
+    Returns:
+        The new subject, the report, fingerprints and cost.
+
+    Raises:
+        unlearn.errors.UnlearnError: with a sentence on what is wrong and what to do.
+    """
+    # this face looks up into evaluations; inside the rooms imports only point downwards
+    from unlearn.config import configure
+    from unlearn.evaluations.audit import Audit
+    from unlearn.plan import plan
+    from unlearn.run import execute
+
+    planned = plan(configure(checkpoint=checkpoint, **settings))
+    return execute(planned, Audit() if planned.config.audit != "none" else None, progress)

@@ -1,0 +1,490 @@
+"""Load and save what a checkpoint directory holds, trusting nothing in it.
+
+Weights are safetensors only: a pickle can run code when it is read. Remote code needs the user's
+explicit yes. :func:`inspect` reads configuration and headers only and finds every fault it can
+before :meth:`Checkpoint.load` touches a weight. Weights are loaded as float32 masters whatever
+precision they are stored in, and saved back in that precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_file, save_model
+from torch import Tensor, nn
+
+from unlearn.errors import BadInput, Collapsed, Unsupported
+from unlearn.interface import Subject
+from unlearn.tasks.base import Task
+from unlearn.tasks.causal_lm import CausalLM
+from unlearn.tasks.classification import Classification
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LONGEST = 2048  # tokens, where neither model nor user sets a limit
+WEIGHTS, STATE = "model.safetensors", "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to read a checkpoint; all of it can also stand in a run's YAML file."""
+
+    model: str | None = None
+    task: str | None = None
+    trust_remote_code: bool = False
+    max_length: int | None = None
+    chat_template: bool | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was looked at but not loaded.
+
+    Attributes:
+        source: as the user wrote it.
+        task: how it scores examples.
+        processor: tokenizer, image processor, callable or None.
+        stored: the precision of its weights on disk.
+        build: makes the model with its weights, in float32 (float64 if stored so).
+        fresh: makes the same architecture with new random weights; None if impossible.
+        fingerprint: SHA-256 of its weight files (or of its tensors, when it lives in memory).
+        lineage: the runs that made it, oldest first.
+        state_file: what the last of these runs kept for the next.
+    """
+
+    source: str
+    task: Task
+    processor: Any
+    stored: torch.dtype
+    build: Callable[[], nn.Module]
+    fresh: Callable[[], nn.Module] | None
+    fingerprint: str
+    parameters: int
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    state_file: Path | None = None
+    record_key: bytes | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def load(self) -> Subject:
+        """The subject, on the CPU, in eval mode, every weight checked to be there and finite."""
+        model = self.build()
+        bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+        if bad:
+            raise BadInput(f"{self.source}: the weights {', '.join(bad[:3])} are not finite")
+        state, note = read_state(self.state_file) if self.state_file else ({}, {})
+        return Subject(model.eval(), self.processor, state, note)
+
+
+def inspect(source: Any, options: Options | None = None) -> Checkpoint:
+    """Look at a checkpoint without loading it.
+
+    Args:
+        source: a Hugging Face directory or hub name, the directory of an earlier run, a
+            safetensors file (with ``options.model``), an ``nn.Module`` or a :class:`Subject`.
+        options: how to read it.
+
+    Raises:
+        BadInput: missing, truncated or pickled weights, remote code, unknown architecture.
+    """
+    options = options or Options()
+    if isinstance(source, nn.Module):
+        source = Subject(source)
+    if isinstance(source, Subject):
+        return _from_memory(source, options)
+    path = Path(str(source)).expanduser()
+    if path.is_dir() and (path / "run.json").exists():
+        return _from_run(path, options)
+    if options.model or path.is_file():
+        return _from_module(path, options)
+    if path.is_dir():
+        return _from_directory(str(source), path, options)
+    if str(source).count("/") == 1 and not str(source).startswith((".", "~")):
+        return _from_directory(str(source), _download(str(source)), options)
+    raise BadInput(f"the checkpoint {source} does not exist: check the path")
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The tensors a safetensors file declares, after checking that all their bytes are there.
+
+    Raises:
+        BadInput: not a safetensors file, or a truncated one.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise BadInput(f"{path} is not a safetensors file, or is truncated: get it again")
+        try:
+            declared: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise BadInput(f"{path} is not a safetensors file: its header is damaged") from error
+    declared.pop("__metadata__", None)
+    end = max((t["data_offsets"][1] for t in declared.values()), default=0)
+    if 8 + length + end != size:
+        raise BadInput(
+            f"{path} is truncated or padded: its header promises {8 + length + end} bytes and it "
+            f"has {size}; get it again"
+        )
+    return declared
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, an index respected.
+
+    Raises:
+        BadInput: none there, only pickles, or a shard missing.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [s for s in shards if not (directory / s).is_file()]
+        if missing:
+            raise BadInput(f"{directory} lacks the weight file {missing[0]} its index names")
+        return [directory / s for s in shards]
+    files = sorted(directory.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise BadInput(_pickle_message(directory / pickles[0]))
+    raise BadInput(f"{directory} holds no safetensors weights: pass a checkpoint directory")
+
+
+def _pickle_message(path: Path) -> str:
+    return (
+        f"{path} is a pickle, which can run code when it is read: convert it to safetensors first "
+        "(load it where you trust it, then save_pretrained or safetensors.torch.save_model)"
+    )
+
+
+def fingerprint_files(files: list[Path]) -> str:
+    """SHA-256 over the bytes of these files, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _stored(files: list[Path]) -> tuple[torch.dtype, int]:
+    sizes: Counter[str] = Counter()
+    for path in files:
+        for tensor in header(path).values():
+            count = 1
+            for side in tensor["shape"]:
+                count *= side
+            sizes[tensor["dtype"]] += count
+    floats = Counter({kind: n for kind, n in sizes.items() if kind in DTYPES})
+    if not floats:
+        raise Unsupported(
+            f"{files[0]} holds no floating-point weights: quantised ones cannot learn"
+        )
+    return DTYPES[floats.most_common(1)[0][0]], sum(sizes.values())
+
+
+def master(stored: torch.dtype) -> torch.dtype:
+    return torch.float64 if stored is torch.float64 else torch.float32
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen unrelated kinds
+        raise BadInput(
+            f"{name} is no local directory, and getting it from the hub failed: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _from_run(run: Path, options: Options) -> Checkpoint:
+    made = json.loads((run / "run.json").read_text())
+    inner = inspect(
+        run / "model" / WEIGHTS if made["model_kind"] == "module" else run / "model",
+        Options(
+            options.model or made["options"]["model"],
+            options.task or made["options"]["task"],
+            options.trust_remote_code,
+            options.max_length or made["options"]["max_length"],
+            made["options"]["chat_template"]
+            if options.chat_template is None
+            else options.chat_template,
+        ),
+    )
+    state, key = run / STATE, run / "record.key"
+    return Checkpoint(
+        **{
+            **vars(inner),
+            "source": str(run),
+            "lineage": tuple(json.loads((run / "lineage.json").read_text())),
+            "state_file": state if state.exists() else None,
+            "record_key": bytes.fromhex(key.read_text().strip()) if key.exists() else None,
+        }
+    )
+
+
+def _from_directory(source: str, path: Path, options: Options) -> Checkpoint:
+    import transformers
+
+    config_file = path / "config.json"
+    if not config_file.exists():
+        raise BadInput(
+            f"{path} has no config.json: pass a Hugging Face checkpoint, or a safetensors file "
+            "with --model module:factory"
+        )
+    try:
+        raw = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise BadInput(f"{config_file} is not JSON: {error}") from error
+    if "auto_map" in raw and not options.trust_remote_code:
+        raise BadInput(
+            f"{source} brings its own Python code: read it, then pass --trust-remote-code"
+        )
+    files = weight_files(path)
+    stored, parameters = _stored(files)
+    if raw.get("quantization_config"):
+        raise Unsupported(f"{source} is quantised: unlearn the checkpoint it was made from")
+    trust = {"trust_remote_code": options.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, **trust)
+    auto, kind = _auto_class(raw.get("architectures") or [], source, options.task)
+    processor, task, notes = _processor_and_task(path, config, kind, options)
+
+    def build() -> nn.Module:
+        model, info = auto.from_pretrained(
+            path, dtype=master(stored), use_safetensors=True, output_loading_info=True, **trust
+        )
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise BadInput(f"{source} lacks the weights {missing}: it is not a complete checkpoint")
+        loaded: nn.Module = model
+        return loaded
+
+    def fresh() -> nn.Module:
+        built: nn.Module = auto.from_config(config, dtype=master(stored), **trust)
+        return built
+
+    return Checkpoint(
+        source, task, processor, stored, build, fresh, fingerprint_files(files), parameters,
+        notes=notes,
+    )  # fmt: skip
+
+
+def _auto_class(architectures: list[str], source: str, task: str | None) -> tuple[Any, str]:
+    import transformers
+
+    name = architectures[0] if architectures else ""
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        found = transformers.AutoModelForCausalLM, "causal_lm"
+    elif name.endswith("ForImageClassification"):
+        found = transformers.AutoModelForImageClassification, "classification"
+    elif name.endswith("ForSequenceClassification"):
+        found = transformers.AutoModelForSequenceClassification, "classification"
+    else:
+        raise Unsupported(
+            f"{source} is a {name or 'model of unknown architecture'}: supported are causal "
+            "language models, image classifiers and sequence classifiers"
+        )
+    if task not in (None, found[1]):
+        raise BadInput(f"{source} is a {name}, which is {found[1]}: leave --task {task} out")
+    return found
+
+
+def _processor_and_task(
+    path: Path, config: Any, kind: str, options: Options
+) -> tuple[Any, Task, tuple[str, ...]]:
+    import transformers
+
+    trust = {"trust_remote_code": options.trust_remote_code}
+    text = getattr(config, "get_text_config", lambda: config)()
+    try:
+        if (path / "preprocessor_config.json").exists():
+            processor = transformers.AutoImageProcessor.from_pretrained(path, **trust)
+        else:
+            processor = transformers.AutoTokenizer.from_pretrained(path, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"the tokenizer or image processor of {path} cannot be read: {error}"
+        ) from error
+    own = [
+        getattr(text, "max_position_embeddings", None),
+        getattr(processor, "model_max_length", None),
+    ]
+    limit = min([n for n in own if n] + [LONGEST])
+    if options.max_length and options.max_length > limit:
+        raise BadInput(
+            f"max_length {options.max_length} exceeds what {path} can read: at most {limit}"
+        )
+    limit = options.max_length or limit
+    if kind == "causal_lm":
+        task: Task = CausalLM(processor, text.vocab_size, limit, options.chat_template)
+        if processor.pad_token_id is None:
+            note = "The tokenizer has no pad token; padding is masked by position instead."
+            return processor, task, (note,)
+        return processor, task, ()
+    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+        raise Unsupported(f"{path} does {config.problem_type}: only single-label classifiers")
+    if (
+        hasattr(processor, "pad_token_id")
+        and getattr(config, "pad_token_id", None) is None
+        and (processor.pad_token_id is None)
+    ):
+        raise BadInput(f"the tokenizer of {path} has no pad token: set one and save it there")
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    return processor, Classification(config.num_labels, names, processor, limit), ()
+
+
+def _import_factory(name: str) -> Callable[[], nn.Module]:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise BadInput(f"--model {name} is not of the form package.module:factory")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"--model {name} cannot be imported: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(factory):
+        raise BadInput(f"--model {name} is not callable: name a function or class")
+    made: Callable[[], nn.Module] = factory
+    return made
+
+
+def _from_module(path: Path, options: Options) -> Checkpoint:
+    if path.suffix in PICKLES:
+        raise BadInput(_pickle_message(path))
+    if not path.is_file():
+        raise BadInput(f"the weights {path} do not exist: pass a safetensors file with --model")
+    stored, parameters = _stored([path])
+    if not options.model:
+        raise BadInput(f"{path} is a bare state dict: name its network with --model module:factory")
+    factory = _import_factory(options.model)
+    if options.task not in (None, "classification"):
+        raise Unsupported(f"--model supports classification, not {options.task}")
+
+    def fresh() -> nn.Module:
+        model = factory()
+        if not isinstance(model, nn.Module):
+            raise BadInput(f"--model {options.model} returned {type(model).__name__}, not a module")
+        return model.to(master(stored))
+
+    def build() -> nn.Module:
+        model = fresh()
+        try:
+            load_model(model, path)
+        except (RuntimeError, SafetensorError) as error:
+            raise BadInput(f"{path} does not fit {options.model}: {error}") from error
+        return model
+
+    task = Classification(_classes_of(fresh()))
+    return Checkpoint(
+        str(path), task, None, stored, build, fresh, fingerprint_files([path]), parameters
+    )
+
+
+def _classes_of(model: nn.Module) -> int:
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise Unsupported(f"{type(model).__name__} has no linear output layer to count classes of")
+    return linear[-1].out_features
+
+
+def _from_memory(subject: Subject, options: Options) -> Checkpoint:
+    model, processor = subject.model, subject.processor
+    config = getattr(model, "config", None)
+    kind = options.task
+    task: Task
+    if kind is None:
+        kind = "causal_lm" if config and hasattr(model, "get_output_embeddings") and (
+            model.get_output_embeddings() is not None  # type: ignore[operator]
+        ) else "classification"  # fmt: skip
+    if kind == "causal_lm":
+        if processor is None or config is None:
+            raise BadInput(
+                "a language model in memory needs its tokenizer: Subject(model, tokenizer)"
+            )
+        text = config.get_text_config()  # type: ignore[operator, union-attr]
+        own = getattr(text, "max_position_embeddings", None) or LONGEST
+        limit = options.max_length or min(own, LONGEST)
+        task = CausalLM(processor, text.vocab_size, limit, options.chat_template)
+    elif kind == "classification":
+        classes = getattr(config, "num_labels", None) or _classes_of(model)
+        named = getattr(config, "id2label", None) or {}
+        names = [str(named[i]) for i in range(classes)] if named else []
+        task = Classification(classes, names, processor, options.max_length or 512)
+    else:
+        raise BadInput(f"there is no task {kind!r}: known are causal_lm, classification")
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    stored = floats[0].dtype if floats else torch.float32
+
+    def build() -> nn.Module:
+        return model.to(master(stored))
+
+    return Checkpoint(
+        "memory", task, processor, stored, build, None, fingerprint_tensors(model.state_dict()),
+        sum(p.numel() for p in floats),
+    )  # fmt: skip
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of these tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(
+            value.view(torch.uint8).numpy().tobytes() if value.ndim else repr(value.item()).encode()
+        )
+    return digest.hexdigest()
+
+
+def save(subject: Subject, stored: torch.dtype, directory: Path) -> str:
+    """Write model and processor in the format and precision they came in.
+
+    Returns:
+        The fingerprint of the weight files.
+
+    Raises:
+        Collapsed: a weight is not finite, also after the cast to ``stored``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    model = subject.model.to("cpu", stored)
+    bad = [name for name, p in model.state_dict().items() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise Collapsed(
+            f"the unlearned weights {', '.join(bad[:3])} are not finite in {stored}: nothing was "
+            "written; use a smaller learning rate"
+        )
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(directory)
+        if hasattr(subject.processor, "save_pretrained"):
+            subject.processor.save_pretrained(directory)
+    else:
+        save_model(model, str(directory / WEIGHTS))
+    return fingerprint_files(weight_files(directory))
+
+
+def write_state(path: Path, state: Mapping[str, Tensor], note: Mapping[str, str]) -> None:
+    """Write what a method keeps for the next request."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    save_file(tensors, path, metadata=dict(note))
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read it back."""
+    header(path)
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

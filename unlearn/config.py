@@ -1,0 +1,136 @@
+"""What one run can be told: the same names as flags, in a YAML file, and in Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unlearn.errors import BadInput, did_you_mean
+
+
+class RunConfig(BaseModel):
+    """Everything `unlearn run` can be told; the same names in YAML, in Python and as flags."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
+
+    checkpoint: Annotated[
+        Any,
+        Field(
+            description="Hugging Face directory or hub name, the directory of an earlier run, or a safetensors file with --model"
+        ),
+    ]
+    method: Annotated[str, Field(description="the unlearning method; `unlearn methods` lists them")]
+    forget: Annotated[
+        Any,
+        Field(description="what must go: jsonl, parquet, image folder, saved dataset or hub name"),
+    ] = None
+    retain: Annotated[Any, Field(description="what must stay, in the same formats")] = None
+    holdout: Annotated[Any, Field(description="data the model never saw, to compare with")] = None
+    data: Annotated[
+        Any,
+        Field(
+            description="all training data, to be split by --forget, --forget-ids or --forget-classes"
+        ),
+    ] = None
+    forget_ids: Annotated[
+        str | None,
+        Field(
+            description="records of --data to forget: ids 'a,b', row numbers '0:5000', or '@file'"
+        ),
+    ] = None
+    forget_classes: Annotated[
+        str | None, Field(description="classes of --data to forget, by name or number: 'cat,3'")
+    ] = None
+    retrained: Annotated[
+        Any, Field(description="a checkpoint trained without the forget set, as reference")
+    ] = None
+    set: Annotated[
+        dict[str, Any], Field(description="hyperparameters of the method, key=value")
+    ] = Field(default_factory=dict)
+    scope: Annotated[
+        str | None,
+        Field(description="parameters that may move: all, head, lora, or a regular expression"),
+    ] = None
+    columns: Annotated[dict[str, str], Field(description="renames, field=column of the data")] = (
+        Field(default_factory=dict)
+    )
+    out: Annotated[
+        str | Path | None, Field(description="the run directory to write; must not exist")
+    ] = None
+    task: Annotated[
+        Literal["causal_lm", "classification"] | None,
+        Field(description="model family, where it cannot be told from the checkpoint"),
+    ] = None
+    model: Annotated[
+        str | None, Field(description="package.module:factory of a plain nn.Module")
+    ] = None
+    max_length: Annotated[int | None, Field(gt=1, description="longest text in tokens")] = None
+    chat_template: Annotated[
+        bool | None,
+        Field(
+            description="render questions through the tokenizer's chat template; default: when it has one"
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, Field(description="run Python code that the checkpoint brings")
+    ] = False
+    audit: Annotated[
+        Literal["quick", "none"], Field(description="what is measured before and after")
+    ] = "quick"
+    include_examples: Annotated[
+        bool, Field(description="put a few forget records and answers in the report")
+    ] = False
+    seed: Annotated[int, Field(ge=0, description="of everything random")] = 0
+    device: Annotated[
+        str | None, Field(description="cpu, cuda, cuda:1; default: a GPU when there is one")
+    ] = None
+    save_every: Annotated[
+        float, Field(ge=0, description="seconds between saves of unfinished training")
+    ] = 60.0
+
+
+def configure(**values: Any) -> RunConfig:
+    """A validated configuration.
+
+    Raises:
+        BadInput: unknown keys (with the nearest known one) and bad values, all at once.
+    """
+    known = RunConfig.model_fields
+    faults = [
+        f"there is no setting {key!r}: {did_you_mean(key, known)}"
+        for key in values
+        if key not in known
+    ]
+    kept = {key: value for key, value in values.items() if key in known}
+    try:
+        config = RunConfig(**kept)
+    except ValidationError as error:
+        faults += [
+            f"{'.'.join(str(part) for part in fault['loc'])}: "
+            + ("it is missing" if fault["type"] == "missing" else fault["msg"])
+            for fault in error.errors()
+        ]
+        raise BadInput("\n".join(faults)) from error
+    if faults:
+        raise BadInput("\n".join(faults))
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file; whether they exist is checked by :func:`configure`.
+
+    Raises:
+        BadInput: no such file, or not a mapping.
+    """
+    if not path.is_file():
+        raise BadInput(f"the configuration {path} does not exist: check the path")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise BadInput(f"{path} must hold settings as `name: value` lines")
+    return settings

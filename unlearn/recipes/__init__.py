@@ -1,0 +1,1 @@
+"""Tuned settings, one YAML file each, for `unlearn run --config`."""

@@ -1,0 +1,70 @@
+"""What the model said before it forgot, computed once and kept instead of a second model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unlearn.run import Run
+from unlearn.tasks.base import Batch, Encoded, evaluating
+
+
+def reference_nll(model: nn.Module, examples: Encoded, run: Run) -> Tensor:
+    """NLL of every example under ``model``, shape (examples,), in nats, on ``run.device``.
+
+    One pass, in eval mode, without gradients; a resumed run reads the values back.
+    """
+
+    def compute() -> dict[str, Tensor]:
+        values = torch.zeros(len(examples), dtype=next(model.parameters()).dtype)
+        for indices in run.batches(examples, "reference"):
+            batch = examples.batch(indices, run.device)
+            values[indices] = run.task.nll(model, batch).to("cpu", values.dtype)
+        return {"nll": values}
+
+    with evaluating(model):
+        return run.once(f"reference_nll_{examples.name}", compute)["nll"].to(run.device)
+
+
+class ReferenceLogits:
+    """Logits of the starting model, without keeping the starting model.
+
+    Stored are the inputs of the output layer at every unit (for classifiers the logits) and one
+    frozen copy of that layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, examples: Encoded, needed: Sequence[int], run: Run
+    ) -> None:
+        part = examples.select(sorted(set(needed)))
+        self.position = {index: i for i, index in enumerate(sorted(set(needed)))}
+
+        def compute() -> dict[str, Tensor]:
+            stored: dict[int, Tensor] = {}
+            for indices in run.batches(part, "reference"):
+                batch = part.batch(indices, run.device)
+                values = run.task.compact(model, batch).cpu()
+                for row, index in enumerate(indices):
+                    stored[index] = values[row, : int(batch["units"][row])].clone()
+            rows = [stored[i] for i in range(len(part))]
+            return {"values": torch.cat(rows), "units": torch.tensor([len(r) for r in rows])}
+
+        with evaluating(model):
+            self.head: Callable[[Tensor], Tensor] = run.task.frozen_head(model)
+            kept = run.once(f"reference_logits_{examples.name}", compute)
+        self.values = kept["values"]
+        self.ends = kept["units"].cumsum(0)
+        self.device = run.device
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Reference logits of the batch, shape (batch, units, classes)."""
+        rows = []
+        for index in batch["index"].tolist():
+            position = self.position[index]
+            start = int(self.ends[position - 1]) if position else 0
+            rows.append(self.values[start : int(self.ends[position])])
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        with torch.no_grad():
+            return self.head(padded)

@@ -1,0 +1,69 @@
+"""What is held while something is forgotten: the retain side of every two-sided objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.reference import ReferenceLogits
+from unlearn.run import Run
+from unlearn.tasks.base import IGNORED, Batch, Predictions
+from unlearn.training import Term, Training, likelihood, schedule
+
+
+def kl_divergence(reference: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """KL(reference || current), summed over the units of each example, in nats.
+
+    Args:
+        reference: logits of the starting model, (batch, units, classes).
+        logits: current logits, same shape.
+        labels: (batch, units), -100 where padded; padded units count nothing.
+
+    Returns:
+        Shape (batch,).
+    """
+    per_unit = F.kl_div(
+        logits.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    return per_unit.masked_fill(labels == IGNORED, 0.0).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoSided(Training):
+    """Hyperparameters of methods that forget on one set and hold on to another."""
+
+    retention: Annotated[
+        Literal["none", "nll", "kl"],
+        Field(
+            description="what is held on the retain set: its likelihood (nll), the starting "
+            "model's whole distribution (kl), nothing (none)"
+        ),
+    ] = "nll"
+    retain_weight: Annotated[float, Field(ge=0, description="weight of the retain term")] = 1.0
+
+    @property
+    def needs(self) -> Needs:
+        """The retain set, unless nothing is retained."""
+        return Needs(retain=Need.NO if self.retention == "none" else Need.REQUIRED)
+
+    def held(self, subject: Subject, request: Request, run: Run) -> list[Term]:
+        """The retain term, a mean over the units of its batch; empty when nothing is retained."""
+        if self.retention == "none" or self.retain_weight == 0:
+            return []
+        retain = request.retain_set()
+        if self.retention == "nll":
+            return [Term("retain", retain, likelihood, "unit", self.retain_weight)]
+        plan = schedule(self, [len(request.forget_set()), len(retain)], run)[1]
+        needed = [index for batch in plan for index in batch]
+        reference = ReferenceLogits(subject.model, retain, needed, run)
+
+        def loss(predictions: Predictions, batch: Batch) -> Tensor:
+            before = reference(batch)
+            return kl_divergence(before, predictions.logits.to(before.dtype), predictions.labels)
+
+        return [Term("retain", retain, loss, "unit", self.retain_weight)]

@@ -1,0 +1,379 @@
+"""One request from start to finish.
+
+The work is done in a hidden sibling of the output directory, which is renamed into place when it
+is complete. A killed run goes on from there; a run that failed for a reason leaves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import filelock
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unlearn import checkpoint as checkpoints
+from unlearn import data, manifest
+from unlearn.checkpoint import Checkpoint
+from unlearn.errors import BadInput, UnlearnError
+from unlearn.interface import Subject
+from unlearn.plan import Plan
+from unlearn.tasks.base import Encoded, Task
+
+PACKAGES = ("unlearn-toolkit", "torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+class Progress(Protocol):
+    """Where a run tells how far it is."""
+
+    def advance(self, phase: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+        """``done`` of ``total`` steps of ``phase`` are finished."""
+
+    def say(self, sentence: str) -> None:
+        """Something the user should know."""
+
+
+class Silent:
+    """Progress for libraries: nothing is printed."""
+
+    def advance(self, phase: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+        """Ignore."""
+
+    def say(self, sentence: str) -> None:
+        """Ignore."""
+
+
+@dataclass
+class Run:
+    """What a method is given besides subject and request.
+
+    Attributes:
+        task: scores examples of this model family.
+        seed: everything random follows from it.
+        device: where to compute.
+        work: directory of the unfinished run; None: nothing is kept on disk.
+        progress: told about every step.
+        save_every: seconds between saves of unfinished training.
+        checkpoint: what the subject was loaded from.
+        notes: sentences the method wants in the report.
+    """
+
+    task: Task
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    work: Path | None = None
+    progress: Progress = field(default_factory=Silent)
+    save_every: float = 60.0
+    checkpoint: Checkpoint | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def seed_of(self, name: str) -> int:
+        """A seed for one purpose; different names are independent."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return int.from_bytes(digest[:6], "big")
+
+    def generator(self, name: str) -> torch.Generator:
+        """A CPU random generator for one purpose."""
+        return torch.Generator().manual_seed(self.seed_of(name))
+
+    def note(self, sentence: str) -> None:
+        """A reason worth printing and keeping with the run."""
+        self.notes.append(sentence)
+        self.progress.say(sentence)
+
+    def log(self, event: str, **numbers: Any) -> None:
+        """Append one event to metrics.jsonl."""
+        if self.work is not None:
+            line = json.dumps({"event": event, "time": time.time(), **numbers})
+            with (self.work / "metrics.jsonl").open("a") as file:
+                file.write(line + "\n")
+
+    def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """``compute()``, or what an interrupted run already computed under this name."""
+        if self.work is None:
+            return compute()
+        path = self.work / "once" / f"{name}.safetensors"
+        if not path.exists():
+            values = {key: value.contiguous() for key, value in compute().items()}
+            path.parent.mkdir(exist_ok=True)
+            save_file(values, path.with_suffix(".new"))
+            path.with_suffix(".new").rename(path)
+            return values
+        return {key: value.to(self.device) for key, value in load_file(path).items()}
+
+    def batches(self, examples: Encoded, phase: str, size: int = 64) -> Iterator[list[int]]:
+        """Index batches of similar length, with progress."""
+        done = 0
+        for indices in examples.by_length(size):
+            yield indices
+            done += len(indices)
+            self.progress.advance(phase, done, len(examples), {})
+
+    def initial_model(self, init: str | None) -> nn.Module:
+        """The weights retraining starts from: a checkpoint's, or new random ones."""
+        if init is not None:
+            options = checkpoints.Options()
+            return checkpoints.inspect(init, options).load().model.to(self.device)
+        if self.checkpoint is None or self.checkpoint.fresh is None:
+            raise BadInput(
+                "new random weights need a checkpoint with a configuration (or --model): pass init"
+            )
+        return self.checkpoint.fresh().to(self.device)
+
+
+@dataclass
+class Outcome:
+    """What is known when the work is done, for run.json and the report.
+
+    Attributes:
+        fingerprint_in: of the weights that came in.
+        fingerprint_out: of the weights that went out.
+        sets: per set its size and keyed fingerprint.
+        record_key: key of every record hash in the run directory.
+        seconds: per phase.
+        peak_memory: highest resident (CPU) or allocated (GPU) memory, in bytes.
+        environment: versions and machine.
+        notes: sentences for the report.
+        created: UTC, ISO 8601.
+    """
+
+    fingerprint_in: str
+    record_key: bytes
+    sets: dict[str, dict[str, Any]]
+    environment: dict[str, str]
+    created: str
+    fingerprint_out: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Audit(Protocol):
+    """What examines the model before and after; lives in ``unlearn.evaluations``."""
+
+    def measure(self, role: str, model: nn.Module, plan: Plan, run: Run, directory: Path) -> None:
+        """Measure the original, unlearned or retrained model and keep signals in ``directory``."""
+
+    def conclude(self, plan: Plan, outcome: Outcome, directory: Path) -> Any:
+        """Write report.json, report.html and the model card; return the report."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run returns.
+
+    Attributes:
+        subject: the unlearned model, in the precision it came in.
+        directory: the run directory, or None when ``out`` was not given.
+        report: the audit's report, or None without an audit.
+        outcome: fingerprints, cost, environment.
+    """
+
+    subject: Subject
+    directory: Path | None
+    report: Any
+    outcome: Outcome
+
+
+def execute(plan: Plan, audit: Audit | None = None, progress: Progress | None = None) -> Result:
+    """Carry out a plan.
+
+    Args:
+        plan: from :func:`unlearn.plan.plan`.
+        audit: examines the model before and after; None: nothing is measured.
+        progress: told about every step.
+
+    Raises:
+        Collapsed: training destroyed the model; nothing is left behind.
+        BadInput: the output directory appeared meanwhile, or holds another unfinished run.
+    """
+    progress = progress or Silent()
+    with _workplace(plan) as (place, resumed):
+        if resumed:
+            progress.say(f"Going on with the unfinished run in {place}.")
+        result = _carry_out(plan, audit, progress, place)
+        if plan.config.out is None:
+            return result
+        out = Path(plan.config.out)
+        if out.exists():
+            raise BadInput(f"{out} appeared while the run was going on: it was not overwritten")
+        (place / "result").rename(out)
+        shutil.rmtree(place)
+        return Result(result.subject, out, result.report, result.outcome)
+
+
+@contextmanager
+def _workplace(plan: Plan) -> Iterator[tuple[Path, bool]]:
+    """The directory of the unfinished run, ours alone; removed when the run fails for a reason."""
+    if plan.config.out is None:
+        with tempfile.TemporaryDirectory(prefix="unlearn-") as place:
+            yield Path(place), False
+        return
+    out = Path(plan.config.out).absolute()
+    place = out.parent / f".{out.name}.partial"
+    lock = filelock.FileLock(place.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise BadInput(f"another process is writing {out}: wait for it") from error
+    try:
+        resumed = place.exists()
+        identity = place / "identity"
+        if resumed and identity.exists() and identity.read_text() != plan.identity():
+            raise BadInput(
+                f"{place} holds an unfinished run with other settings or data: repeat its command "
+                "to finish it, delete it, or choose another --out"
+            )
+        place.mkdir(exist_ok=True)
+        identity.write_text(plan.identity())
+        try:
+            yield place, resumed
+        except UnlearnError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _carry_out(plan: Plan, audit: Audit | None, progress: Progress, place: Path) -> Result:
+    work, result = place / "work", place / "result"
+    work.mkdir(exist_ok=True)
+    result.mkdir(exist_ok=True)
+    run = Run(
+        plan.checkpoint.task, plan.config.seed, plan.device, work, progress,
+        plan.config.save_every, plan.checkpoint,
+    )  # fmt: skip
+    outcome = _begin(plan, result)
+    stopwatch = _Stopwatch(outcome.seconds)
+
+    def examine(role: str, model: nn.Module) -> None:
+        if audit is not None:
+            with stopwatch.phase(f"measure {role}"):
+                audit.measure(role, model, plan, run, result)
+
+    with stopwatch.phase("load"):
+        subject = plan.checkpoint.load()
+        subject.model.to(plan.device)
+    run.notes += plan.checkpoint.notes
+    examine("original", subject.model)
+    with stopwatch.phase("unlearn"):
+        subject = plan.method.unlearn(subject, plan.request(), run)
+    with stopwatch.phase("save"):
+        stored = plan.checkpoint.stored
+        outcome.fingerprint_out = checkpoints.save(subject, stored, result / "model")
+        if subject.state:
+            checkpoints.write_state(result / checkpoints.STATE, subject.state, subject.note)
+    subject.model.to(plan.device, checkpoints.master(stored))
+    examine("unlearned", subject.model)
+    subject.model.to("cpu", stored)
+    if plan.retrained is not None and audit is not None:
+        examine("retrained", plan.retrained.load().model.to(plan.device))
+    outcome.notes = run.notes
+    outcome.peak_memory = _peak_memory(plan.device)
+    report = audit.conclude(plan, outcome, result) if audit is not None else None
+    _write_records(plan, outcome, work, result)
+    return Result(subject, None, report, outcome)
+
+
+def _begin(plan: Plan, result: Path) -> Outcome:
+    key_file = result / "record.key"
+    if not key_file.exists():
+        key = plan.checkpoint.record_key or secrets.token_bytes(16)
+        key_file.touch(mode=0o600)
+        key_file.write_text(key.hex() + "\n")
+    key = bytes.fromhex(key_file.read_text().strip())
+    sets = {
+        name: {
+            "n": len(value),
+            "fingerprint": data.fingerprint(
+                data.record_hashes(value.examples, plan.checkpoint.task.content, key)
+            ),
+        }
+        for name, value in plan.sets.named().items()
+    }
+    environment = {name: version(name) for name in PACKAGES}
+    environment |= {"python": platform.python_version(), "platform": platform.platform()}
+    environment["device"] = str(plan.device)
+    if plan.device.type == "cuda":
+        environment["gpu"] = torch.cuda.get_device_name(plan.device)
+    environment["threads"] = str(torch.get_num_threads())
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Outcome(plan.checkpoint.fingerprint, key, sets, environment, now)
+
+
+def _write_records(plan: Plan, outcome: Outcome, work: Path, result: Path) -> None:
+    """run.json, lineage.json, metrics.jsonl and the checksums: the directory is complete."""
+    entry = {
+        "created": outcome.created,
+        "method": plan.config.method,
+        "target": str(plan.target),
+        "forget": outcome.sets["forget"],
+        "fingerprint_in": outcome.fingerprint_in,
+        "fingerprint_out": outcome.fingerprint_out,
+    }
+    config = plan.config
+    record = {
+        "schema_version": "1",
+        "status": "complete",
+        **entry,
+        "sets": outcome.sets,
+        "hyperparameters": plan.hyperparameters,
+        "given": plan.given,
+        "seed": config.seed,
+        "options": {
+            "task": config.task,
+            "model": config.model,
+            "max_length": config.max_length,
+            "chat_template": config.chat_template,
+        },
+        "model_kind": "transformers" if (result / "model" / "config.json").exists() else "module",
+        "retrained": plan.retrained.fingerprint if plan.retrained else None,
+        "environment": outcome.environment,
+        "seconds": outcome.seconds,
+        "peak_memory_bytes": outcome.peak_memory,
+        "notes": outcome.notes,
+    }
+    (result / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    lineage = [*plan.checkpoint.lineage, entry]
+    (result / "lineage.json").write_text(json.dumps(lineage, indent=2, default=str) + "\n")
+    metrics = work / "metrics.jsonl"
+    (result / "metrics.jsonl").write_text(metrics.read_text() if metrics.exists() else "")
+    manifest.write(result)
+
+
+class _Stopwatch:
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 3)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

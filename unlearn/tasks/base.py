@@ -1,0 +1,231 @@
+"""The seam between methods and model families: a task scores one example.
+
+Everything a method or an attack asks of a model goes through :class:`Task`. One forward pass
+yields :class:`Predictions`: for every example of the batch, logits at each of its *units* (the
+answer tokens of a language model, the single label of a classifier). Per-example negative
+log-likelihoods, argmax hits and divergences all follow from these.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unlearn.data import Examples, Row
+from unlearn.errors import BadInput
+
+Batch = dict[str, Tensor]
+Encoding = Mapping[str, Any]
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says at every unit of every example.
+
+    Attributes:
+        logits: (batch, units, classes).
+        labels: (batch, units), -100 where an example has fewer units than the longest.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+    def unit_nll(self) -> Tensor:
+        """-log p(label), shape (batch, units), in nats; 0 where padded."""
+        logits = self.logits if self.logits.dtype is torch.float64 else self.logits.float()
+        flat = F.cross_entropy(
+            logits.flatten(0, 1), self.labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return flat.view(self.labels.shape)
+
+    def nll(self) -> Tensor:
+        """Per-example negative log-likelihood, summed over units, shape (batch,), in nats."""
+        return self.unit_nll().sum(1)
+
+    def hits(self) -> Tensor:
+        """Whether the argmax is the label, shape (batch, units); False where padded."""
+        return self.logits.argmax(-1) == self.labels
+
+
+class Task(ABC):
+    """One model family.
+
+    Attributes:
+        name: as users write it.
+        classes: number of outcomes per unit (vocabulary size, number of labels).
+    """
+
+    name: ClassVar[str]
+    classes: int
+
+    @abstractmethod
+    def fault(self, row: Row) -> str | None:
+        """What is wrong with a raw row, as the end of a sentence, or None."""
+
+    @abstractmethod
+    def content(self, row: Row) -> bytes:
+        """The bytes that make a record what it is, for overlap checks and fingerprints."""
+
+    @abstractmethod
+    def encode(self, row: Row) -> Encoding:
+        """A raw row as the model reads it; has ``units`` and ``length`` among its keys."""
+
+    @abstractmethod
+    def collate(self, encodings: Sequence[Encoding]) -> Batch:
+        """A padded batch on the CPU."""
+
+    @abstractmethod
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        """One forward pass."""
+
+    @abstractmethod
+    def features(self, model: nn.Module, batch: Batch, layer: int | str | None = None) -> Tensor:
+        """Hidden representation of each example, shape (batch, dim)."""
+
+    @abstractmethod
+    def compact(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What to store per unit to get the logits back later, shape (batch, units, dim)."""
+
+    @abstractmethod
+    def frozen_head(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """From :meth:`compact` values to logits, whatever becomes of ``model`` afterwards."""
+
+    @abstractmethod
+    def relabel(self, encoding: Encoding, row: Row, draw: torch.Generator) -> Encoding:
+        """The same input with a random wrong answer, for random-label methods."""
+
+    @abstractmethod
+    def output_layer(self, model: nn.Module) -> nn.Module:
+        """The layer that turns hidden states into logits."""
+
+    def nll(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Per-example negative log-likelihood, shape (batch,), in nats, summed over units."""
+        return self.predictions(model, batch).nll()
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits at every unit, shape (batch, units, classes)."""
+        return self.predictions(model, batch).logits
+
+    def units(self, batch: Batch) -> Tensor:
+        """Number of units per example, shape (batch,)."""
+        return batch["units"]
+
+    def chance(self) -> float:
+        """NLL per unit of a uniform guess, in nats."""
+        return math.log(self.classes)
+
+
+class Encoded(Sequence[Encoding]):
+    """A set of examples as a model reads them.
+
+    Text is tokenised once, on construction; images and vectors are encoded when read and kept
+    while they fit into ``BUDGET`` bytes.
+
+    Raises:
+        BadInput: rows the task cannot use; the first few named, all counted.
+    """
+
+    BUDGET = 1 << 30
+
+    def __init__(self, examples: Examples, task: Task) -> None:
+        self.examples = examples
+        self.task = task
+        self.name = examples.name
+        self._kept: dict[int, Encoding] = {}
+        self._free = self.BUDGET
+        faults = [
+            (i, fault)
+            for i in range(len(examples))
+            if (fault := task.fault(examples[i])) is not None
+        ]
+        if faults:
+            first, fault = faults[0]
+            raise BadInput(
+                f"{len(faults)} of the {len(examples)} {self.name} records cannot be used; the "
+                f"first is record {examples.ids[first]} of {examples.source}: {fault}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self._kept:
+            encoding = self.task.encode(self.examples[index])
+            size = sum(v.nbytes if isinstance(v, Tensor) else 8 for v in encoding.values())
+            if size > self._free:
+                return encoding
+            self._free -= size
+            self._kept[index] = encoding
+        return self._kept[index]
+
+    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+        """The examples at ``indices`` as one batch; ``batch["index"]`` holds the indices."""
+        batch = self.task.collate([self[i] for i in indices])
+        batch["index"] = torch.as_tensor(indices)
+        return {key: value.to(device) for key, value in batch.items()}
+
+    def by_length(self, size: int) -> Iterator[list[int]]:
+        """Indices in batches of ``size``, similar lengths together; covers every example once."""
+        order = sorted(range(len(self)), key=lambda i: int(self[i]["length"]))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def total_units(self, indices: Sequence[int]) -> int:
+        """Number of units in these examples."""
+        return sum(int(self[i]["units"]) for i in indices)
+
+    def total_tokens(self) -> int:
+        """Input positions of the whole set (tokens, or 1 per image or vector)."""
+        return sum(int(self[i]["length"]) for i in range(len(self)))
+
+    def sample(self, size: int, seed: int) -> Encoded:
+        """At most ``size`` examples, drawn without replacement, in their original order."""
+        if size >= len(self):
+            return self
+        draw = torch.Generator().manual_seed(seed)
+        chosen = sorted(torch.randperm(len(self), generator=draw)[:size].tolist())
+        return self.select(chosen)
+
+    def select(self, indices: Sequence[int], name: str | None = None) -> Encoded:
+        """The examples at ``indices``, already encoded ones kept."""
+        part = object.__new__(Encoded)
+        part.examples = self.examples.select(indices, name)
+        part.task, part.name = self.task, part.examples.name
+        part._kept = {j: self._kept[i] for j, i in enumerate(indices) if i in self._kept}
+        part._free = self._free
+        return part
+
+    def replaced(self, encodings: Iterable[Encoding]) -> Encoded:
+        """The same set read differently: ``encodings`` stand in for what the task would read."""
+        part = self.select(range(len(self)))
+        part._kept = dict(enumerate(encodings))
+        return part
+
+
+def evaluating(model: nn.Module) -> _Evaluating:
+    """Context: eval mode without gradients; the modes of all modules are restored after."""
+    return _Evaluating(model)
+
+
+class _Evaluating:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        self.no_grad = torch.no_grad()
+        self.no_grad.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.no_grad.__exit__(*error)  # type: ignore[arg-type]
+        for module, training in self.modes.items():
+            module.training = training

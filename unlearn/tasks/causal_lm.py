@@ -1,0 +1,264 @@
+"""Causal language models: the loss is on the answer alone, prompts are context.
+
+Records are ``question``/``answer``, ``prompt``/``completion`` or ``text``. With a chat template
+in the tokenizer, question and answer are rendered through it; prompt and answer are tokenised
+apart, so that the boundary is where the loss mask says it is. Every answer ends with the
+end-of-sequence token and that token counts as a unit.
+
+Logits are computed at the answer positions only: a hook in front of the output layer gathers the
+hidden states of those positions, so memory never holds (sequence x vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unlearn.data import Row
+from unlearn.errors import BadInput, Unsupported
+from unlearn.tasks.base import IGNORED, Batch, Encoding, Predictions, Task
+
+FIELDS = (("question", "answer"), ("prompt", "completion"))
+
+
+class CausalLM(Task):
+    """Scores the answer of a record under a language model.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        classes: vocabulary size of the model.
+        max_length: longest input in tokens; longer records lose the end of their answer.
+        chat: render through the chat template; None: when the tokenizer has one.
+    """
+
+    name = "causal_lm"
+
+    def __init__(
+        self, tokenizer: Any, classes: int, max_length: int, chat: bool | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.classes = classes
+        self.max_length = max_length
+        self.chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise BadInput("the tokenizer has no chat template: leave chat_template unset")
+        self.eos = tokenizer.eos_token_id
+        pads = (tokenizer.pad_token_id, self.eos, 0)
+        # labels and masks come from positions, never from comparing ids with the pad id
+        self.pad = next(i for i in pads if i is not None)
+
+    def fault(self, row: Row) -> str | None:
+        """Missing fields, non-text values, and answers lost to truncation."""
+        pair = _fields(row)
+        if pair is None:
+            wanted = ", ".join("/".join(names) for names in FIELDS)
+            return f"it has the fields {', '.join(row)}; give {wanted} or text"
+        for field in pair:
+            if not isinstance(row[field], str) or not row[field].strip():
+                return f"its field {field!r} is not a text or is blank"
+        prompt, answer = self._tokens(row)
+        if not answer:
+            return f"its field {pair[-1]!r} has no tokens"
+        if len(prompt) >= self.max_length:
+            return (
+                f"its prompt alone has {len(prompt)} tokens and max_length is {self.max_length}, "
+                "so the answer vanishes; raise max_length or shorten the prompt"
+            )
+        return None
+
+    def content(self, row: Row) -> bytes:
+        """The text fields the task reads."""
+        return "\x00".join(row[field] for field in _fields(row) or ()).encode()
+
+    def encode(self, row: Row) -> Encoding:
+        """Tokens of prompt and answer, cut to ``max_length``."""
+        prompt, answer = self._tokens(row)
+        return self._encoding(prompt, answer)
+
+    def _encoding(self, prompt: list[int], answer: list[int]) -> Encoding:
+        answer = answer[: self.max_length - len(prompt)]
+        return {
+            "prompt": torch.tensor(prompt, dtype=torch.long),
+            "answer": torch.tensor(answer, dtype=torch.long),
+            "units": len(answer),
+            "length": len(prompt) + len(answer),
+        }
+
+    def texts(self, row: Row) -> tuple[str, str]:
+        """The prompt and the answer as the model sees them, markers included."""
+        pair = _fields(row)
+        if pair is None or pair == ("text",):
+            return "", str(row["text"])
+        question, answer = str(row[pair[0]]), str(row[pair[1]])
+        if self.chat and pair == FIELDS[0]:
+            turn = [{"role": "user", "content": question}]
+            reply = [*turn, {"role": "assistant", "content": answer}]
+            render = self.tokenizer.apply_chat_template
+            prompt = render(turn, tokenize=False, add_generation_prompt=True)
+            whole = render(reply, tokenize=False)
+            if not whole.startswith(prompt):
+                raise Unsupported(
+                    "the tokenizer's chat template renders a question differently once it is "
+                    "answered, so the answer cannot be told apart: set chat_template to false"
+                )
+            return prompt, whole[len(prompt) :].rstrip("\n")
+        if pair == FIELDS[0]:
+            return f"Question: {question}\nAnswer:", f" {answer}"
+        return question, answer
+
+    def _tokens(self, row: Row) -> tuple[list[int], list[int]]:
+        prompt_text, answer_text = self.texts(row)
+        templated = self.chat and _fields(row) == FIELDS[0]
+        prompt = self._ids(prompt_text) if prompt_text else []
+        answer = self._ids(answer_text)
+        bos = self.tokenizer.bos_token_id
+        if not templated and bos is not None:
+            prompt = [bos, *prompt]
+        if not prompt:  # a model predicts from something: the first token is context, not answer
+            prompt, answer = answer[:1], answer[1:]
+        if self.eos is not None and answer and answer[-1] != self.eos and not templated:
+            answer = [*answer, self.eos]
+        return prompt, answer
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def collate(self, encodings: Sequence[Encoding]) -> Batch:
+        """Right-padded inputs; ``positions`` says where each answer token is predicted."""
+        size = len(encodings)
+        # the last answer token is predicted, never read
+        width = max(e["length"] for e in encodings) - 1
+        units = max(e["units"] for e in encodings)
+        ids = torch.full((size, width), self.pad)
+        mask = torch.zeros((size, width), dtype=torch.long)
+        positions = torch.zeros((size, units), dtype=torch.long)
+        labels = torch.full((size, units), IGNORED)
+        for i, e in enumerate(encodings):
+            tokens = torch.cat((e["prompt"], e["answer"]))[:-1]
+            ids[i, : len(tokens)] = tokens
+            mask[i, : len(tokens)] = 1
+            first = len(e["prompt"]) - 1
+            positions[i, : e["units"]] = torch.arange(first, first + e["units"])
+            labels[i, : e["units"]] = e["answer"]
+        counts = torch.tensor([e["units"] for e in encodings])
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "positions": positions,
+            "labels": labels,
+            "units": counts,
+        }
+
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        """Logits at the answer positions only."""
+        with _gathered(self.output_layer(model), batch["positions"]):
+            logits = _forward(model, batch).logits
+        return Predictions(logits, batch["labels"])
+
+    def features(self, model: nn.Module, batch: Batch, layer: int | str | None = None) -> Tensor:
+        """Hidden state where the last answer token is predicted, after block ``layer``."""
+        states = _forward(model, batch, output_hidden_states=True).hidden_states
+        hidden = states[-1 if layer is None else int(layer)]
+        last = batch["positions"].gather(1, batch["units"][:, None] - 1)
+        picked: Tensor = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        return picked.squeeze(1)
+
+    def compact(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The hidden states the output layer reads at the answer positions."""
+        kept: list[Tensor] = []
+        head = self.output_layer(model)
+        with _gathered(head, batch["positions"]):
+            handle = head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+            try:
+                _forward(model, batch)
+            finally:
+                handle.remove()
+        return kept[0]
+
+    def frozen_head(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """A copy of the output layer.
+
+        Raises:
+            Unsupported: the model does more to its logits than that layer.
+        """
+        head = self.output_layer(model)
+        weight = head.weight.detach().clone()  # type: ignore[union-attr, operator]
+        bias = head.bias.detach().clone() if getattr(head, "bias", None) is not None else None  # type: ignore[union-attr, operator]
+
+        def logits(hidden: Tensor) -> Tensor:
+            return nn.functional.linear(hidden, weight, bias)
+
+        probe = self.collate([self._encoding([self.pad], [self.pad, self.pad])])
+        probe = {key: value.to(weight.device) for key, value in probe.items()}
+        with torch.no_grad():
+            whole = self.predictions(model, probe).logits
+            if not torch.allclose(logits(self.compact(model, probe)), whole, atol=1e-4):
+                raise Unsupported(
+                    f"{type(model).__name__} changes its logits after the output layer, which KL "
+                    "retention cannot repeat from stored hidden states: use retention nll"
+                )
+        return logits
+
+    def relabel(self, encoding: Encoding, row: Row, draw: torch.Generator) -> Encoding:
+        """Another answer, drawn once per record.
+
+        Multiple-choice records (with ``options`` or ``choices``): uniform over the options, the
+        true one included (arXiv 2409.02228). Others: uniformly random ordinary tokens, special
+        tokens such as EOS kept.
+        """
+        options = row.get("options") or row.get("choices")
+        if options:
+            pick = options[int(torch.randint(len(options), (1,), generator=draw))]
+            pair = _fields(row) or ("text",)
+            return self.encode({**row, pair[-1]: str(pick)})
+        special = set(self.tokenizer.all_special_ids)
+        size = min(self.classes, len(self.tokenizer))
+        ordinary = torch.tensor([i for i in range(size) if i not in special])
+        answer = encoding["answer"].clone()
+        free = torch.tensor([int(t) not in special for t in answer])
+        drawn = torch.randint(len(ordinary), (int(free.sum()),), generator=draw)
+        answer[free] = ordinary[drawn]
+        return {**encoding, "answer": answer}
+
+    def output_layer(self, model: nn.Module) -> nn.Module:
+        """The language-model head."""
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise Unsupported(f"{type(model).__name__} has no output embeddings")
+        layer: nn.Module = head
+        return layer
+
+
+def _fields(row: Row) -> tuple[str, ...] | None:
+    for names in (*FIELDS, ("text",)):
+        if all(name in row for name in names):
+            return names
+    return None
+
+
+def _forward(model: nn.Module, batch: Batch, **extra: Any) -> Any:
+    return model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        **extra,
+    )
+
+
+@contextmanager
+def _gathered(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        index = positions[..., None].expand(-1, -1, hidden.shape[-1])
+        return (hidden.gather(1, index), *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()

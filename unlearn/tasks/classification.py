@@ -1,0 +1,228 @@
+"""Classifiers of images, texts and feature vectors: one unit per example, its label.
+
+Records are ``image``/``label``, ``text``/``label`` or ``features``/``label``. The model is a
+transformers classifier or any ``nn.Module`` that maps a batch of inputs to logits
+(batch, classes).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unlearn.data import Row
+from unlearn.errors import BadInput, Unsupported, did_you_mean
+from unlearn.tasks.base import Batch, Encoding, Predictions, Task
+
+KINDS = ("image", "text", "features")
+
+
+class Classification(Task):
+    """Scores the label of a record under a classifier.
+
+    Args:
+        classes: number of labels.
+        names: label names, by index; empty when unknown.
+        processor: tokenizer, image processor, or a callable on one raw input; None: images become
+            (channels, height, width) tensors in [0, 1], vectors are taken as they are.
+        max_length: longest text in tokens.
+    """
+
+    name = "classification"
+
+    def __init__(
+        self, classes: int, names: Sequence[str] = (), processor: Any = None, max_length: int = 512
+    ) -> None:
+        self.classes = classes
+        self.names = tuple(names)
+        self.processor = processor
+        self.max_length = max_length
+
+    def label_index(self, label: Any) -> int:
+        """A label as the model's class index.
+
+        Raises:
+            BadInput: no such class.
+        """
+        text = str(label)
+        if text in self.names:
+            return self.names.index(text)
+        if text.lstrip("-").isdigit():
+            if 0 <= int(text) < self.classes:
+                return int(text)
+            raise BadInput(
+                f"label {text} is out of range: the model has classes 0 to {self.classes - 1}"
+            )
+        hint = did_you_mean(text, self.names) if self.names else "the model's classes have no names"
+        raise BadInput(f"the model has no class {text!r}: {hint}")
+
+    def fault(self, row: Row) -> str | None:
+        """Missing fields, labels out of range, inputs that are not what they claim to be."""
+        kind = _kind(row)
+        if kind is None or "label" not in row:
+            return f"it has the fields {', '.join(row)}; give image/label, text/label or features/label"
+        try:
+            self.label_index(row["label"])
+        except BadInput as error:
+            return str(error)
+        if kind == "image":
+            return _image_fault(row["image"])
+        if kind == "text" and not hasattr(self.processor, "pad"):
+            return "it is a text, and the model has no tokenizer"
+        return None
+
+    def content(self, row: Row) -> bytes:
+        """The raw input and the label."""
+        kind = _kind(row)
+        value = row[kind] if kind else b""
+        if kind == "image":
+            value = _image_bytes(value)
+        elif kind == "features":
+            value = np.asarray(value).tobytes()
+        else:
+            value = str(value).encode()
+        return bytes(value) + b"\x00" + str(self.label_index(row["label"])).encode()
+
+    def encode(self, row: Row) -> Encoding:
+        """Pixels, tokens or a vector, and the label."""
+        kind = _kind(row)
+        inputs: dict[str, Any]
+        if kind == "image":
+            inputs = {"pixel_values": self._pixels(row["image"])}
+        elif kind == "text":
+            ids = self.processor(row["text"], truncation=True, max_length=self.max_length)
+            inputs = {key: torch.tensor(value) for key, value in ids.items()}
+        else:
+            value = torch.as_tensor(row["features"])
+            value = value if value.is_floating_point() else value.float()
+            inputs = {"features": self.processor(value) if callable(self.processor) else value}
+        length = len(inputs["input_ids"]) if "input_ids" in inputs else 1
+        return {**inputs, "label": self.label_index(row["label"]), "units": 1, "length": length}
+
+    def _pixels(self, image: Any) -> Tensor:
+        if isinstance(image, Tensor | np.ndarray):
+            value = torch.as_tensor(image)
+            if callable(self.processor) and not hasattr(self.processor, "save_pretrained"):
+                return torch.as_tensor(self.processor(value))
+            return value if value.is_floating_point() else value.float() / 255
+        picture = _opened(image).convert("RGB")
+        if hasattr(self.processor, "save_pretrained"):
+            pixels: Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
+            return pixels
+        if callable(self.processor):
+            return torch.as_tensor(self.processor(picture))
+        return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)
+
+    def collate(self, encodings: Sequence[Encoding]) -> Batch:
+        """Stacked inputs; texts padded on the right."""
+        skipped = {"label", "units", "length"}
+        keys = [key for key in encodings[0] if key not in skipped]
+        if "input_ids" in keys:
+            padded = self.processor.pad(
+                [{key: e[key].tolist() for key in keys} for e in encodings], return_tensors="pt"
+            )
+            batch = dict(padded)
+        else:
+            batch = {key: torch.stack([e[key] for e in encodings]) for key in keys}
+        batch["labels"] = torch.tensor([e["label"] for e in encodings])[:, None]
+        batch["units"] = torch.ones(len(encodings), dtype=torch.long)
+        return batch
+
+    def predictions(self, model: nn.Module, batch: Batch) -> Predictions:
+        """Logits of shape (batch, 1, classes)."""
+        logits = _forward(model, batch)
+        if logits.ndim != 2 or len(logits) != len(batch["labels"]):
+            raise Unsupported(
+                f"the model returned logits of shape {tuple(logits.shape)}; a classifier must "
+                "return (batch, classes)"
+            )
+        return Predictions(logits[:, None], batch["labels"])
+
+    def features(self, model: nn.Module, batch: Batch, layer: int | str | None = None) -> Tensor:
+        """Input of the output layer, or the output of the module named ``layer``, flattened."""
+        kept: list[Tensor] = []
+        if layer is None:
+            handle = self.output_layer(model).register_forward_pre_hook(
+                lambda _, args: kept.append(args[0])
+            )
+        else:
+            handle = model.get_submodule(str(layer)).register_forward_hook(
+                lambda _, __, output: kept.append(output)
+            )
+        try:
+            _forward(model, batch)
+        finally:
+            handle.remove()
+        return kept[0].flatten(1)
+
+    def compact(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The logits themselves: they are small."""
+        return self.logits(model, batch)
+
+    def frozen_head(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Nothing to do: logits are stored."""
+        return lambda logits: logits
+
+    def relabel(self, encoding: Encoding, row: Row, draw: torch.Generator) -> Encoding:
+        """A label drawn uniformly from the others."""
+        shift = int(torch.randint(1, self.classes, (1,), generator=draw))
+        return {**encoding, "label": (encoding["label"] + shift) % self.classes}
+
+    def output_layer(self, model: nn.Module) -> nn.Module:
+        """The last linear layer."""
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            raise Unsupported(f"{type(model).__name__} has no linear output layer")
+        return linear[-1]
+
+
+def _kind(row: Row) -> str | None:
+    return next((kind for kind in KINDS if kind in row), None)
+
+
+def _forward(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = {k: v for k, v in batch.items() if k not in {"labels", "units", "index"}}
+    if hasattr(model, "config"):
+        output = model(**inputs)
+    else:
+        output = model(*inputs.values())
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def _image_fault(value: Any) -> str | None:
+    if isinstance(value, Tensor | np.ndarray):
+        return (
+            None if value.ndim == 3 else f"its image has shape {tuple(value.shape)}, not (c, h, w)"
+        )
+    try:
+        _opened(value)
+    except (OSError, ValueError, TypeError) as error:
+        return f"its image cannot be opened ({error})"
+    return None
+
+
+def _opened(value: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, Mapping):
+        value = value["bytes"] or value["path"]
+    return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+
+
+def _image_bytes(value: Any) -> bytes:
+    if isinstance(value, Mapping):
+        value = value["bytes"] or value["path"]
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str | Path):
+        return Path(value).read_bytes()
+    return np.asarray(value).tobytes()

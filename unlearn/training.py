@@ -1,0 +1,355 @@
+"""The one gradient loop: weighted terms, descended together. Knows no method's name.
+
+A method states *terms*: which examples, which per-example loss, with which weight. Each step
+draws a batch per term and runs forward and backward term by term, micro-batch by micro-batch, so
+that two graphs are never alive together. A term's loss is the mean over its whole batch (over
+examples, or over units: the global token mean), so the result does not depend on how the batch
+is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from pydantic import ConfigDict, Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unlearn.errors import Collapsed
+from unlearn.interface import Subject
+from unlearn.scope import Moving, moving
+from unlearn.tasks.base import Batch, Encoded, Predictions
+
+if TYPE_CHECKING:
+    from unlearn.run import Run
+
+Loss = Callable[[Predictions, Batch], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every gradient method lets its user choose."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
+
+    lr: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="peak learning rate; papers use 1e-5 for full fine-tuning at 7B, small models need more",
+        ),
+    ] = 1e-4
+    epochs: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="passes over the forget set (finetune and retrain: over the retain set)",
+        ),
+    ] = 6
+    batch_size: Annotated[int, Field(ge=1, description="examples per step and term")] = 32
+    micro_batch_size: Annotated[
+        int,
+        Field(
+            ge=1, description="examples per forward pass; smaller needs less memory, same result"
+        ),
+    ] = 16
+    optimizer: Annotated[
+        Literal["adamw", "sgd"],
+        Field(description="adamw (betas 0.9, 0.999) or sgd with Nesterov momentum 0.9"),
+    ] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0, description="decoupled (adamw) or L2 (sgd)")] = 0.01
+    schedule: Annotated[
+        Literal["linear", "cosine", "constant"],
+        Field(description="learning rate after the warm-up"),
+    ] = "linear"
+    warmup: Annotated[
+        float,
+        Field(ge=0, le=1, description="share of the steps over which the learning rate rises"),
+    ] = 0.1
+    max_grad_norm: Annotated[
+        float, Field(gt=0, description="gradients are clipped to this norm")
+    ] = 1.0
+    precision: Annotated[
+        Literal["fp32", "bf16"], Field(description="bf16: autocast over fp32 master weights")
+    ] = "fp32"
+    scope: Annotated[
+        str, Field(description="parameters that may move: all, head, lora, or a regular expression")
+    ] = "all"
+    lora_rank: Annotated[int, Field(ge=1, description="rank of the adapters, with scope lora")] = 8
+    lora_alpha: Annotated[
+        float, Field(gt=0, description="adapters are scaled by lora_alpha / lora_rank")
+    ] = 16
+    max_loss: Annotated[
+        float,
+        Field(
+            gt=1,
+            description="collapse guard: stop when a batch's loss per unit exceeds this many times that of guessing",
+        ),
+    ] = 10.0
+
+    def steps(self, examples: int) -> int:
+        """Number of optimiser steps over ``examples``."""
+        return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
+
+    def trained(self, forget: int, retain: int) -> int:
+        """Examples that go through forward and backward, for the cost estimate."""
+        return 2 * self.steps(forget) * min(self.batch_size, forget)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the objective.
+
+    Attributes:
+        name: in logs.
+        examples: what batches are drawn from.
+        loss: (predictions, batch) -> per-example loss, shape (batch,).
+        per: the mean is over ``example``s or over all ``unit``s of the batch.
+        weight: of the summand; 0 skips its forward pass.
+    """
+
+    name: str
+    examples: Encoded
+    loss: Loss
+    per: Literal["example", "unit"]
+    weight: float = 1.0
+
+
+def likelihood(predictions: Predictions, batch: Batch) -> Tensor:
+    """The negative log-likelihood itself, shape (batch,)."""
+    return predictions.nll()
+
+
+def ascent(predictions: Predictions, batch: Batch) -> Tensor:
+    """The negated likelihood: minimising it climbs the loss, shape (batch,)."""
+    return -predictions.nll()
+
+
+def schedule(settings: Training, sizes: Sequence[int], run: Run) -> list[list[list[int]]]:
+    """Which examples every step uses: ``[term][step] -> indices``; a function of the seed alone.
+
+    Every set is walked in shuffled passes; the first set's size decides the number of steps.
+    """
+    steps = settings.steps(sizes[0])
+    plan = []
+    for number, size in enumerate(sizes):
+        draw = run.generator(f"schedule/{number}")
+        take = min(settings.batch_size, size)
+        passes = _shuffled_batches(size, take, draw)
+        plan.append([next(passes) for _ in range(steps)])
+    return plan
+
+
+def _shuffled_batches(size: int, take: int, draw: torch.Generator) -> Iterator[list[int]]:
+    while True:
+        order = torch.randperm(size, generator=draw).tolist()
+        for start in range(0, size, take):
+            yield order[start : start + take]
+
+
+def descend(
+    subject: Subject,
+    terms: Sequence[Term],
+    settings: Training,
+    run: Run,
+    *,
+    dropout: bool = False,
+) -> Subject:
+    """Minimise the weighted sum of ``terms`` over the parameters in scope, in place.
+
+    Args:
+        subject: whose model is trained; already on ``run.device``.
+        terms: the objective; the first term's examples define an epoch.
+        settings: the hyperparameters.
+        run: seed, device, progress, and where to keep unfinished work.
+        dropout: train in train mode (dropout on, batch statistics updated). Off by default: a
+            model that forgets must not renew its statistics on the forget set, and losses are
+            compared with references computed without dropout.
+
+    Raises:
+        Collapsed: a loss or gradient is not finite, or a loss exploded.
+    """
+    plan = schedule(settings, [len(term.examples) for term in terms], run)
+    steps = len(plan[0])
+    accelerator = _accelerator(settings.precision, run.device)
+    subject.model.train(dropout)
+    with torch.random.fork_rng(), moving(
+        subject, run.task, settings.scope, settings.lora_rank, settings.lora_alpha,
+        run.seed_of("adapters"),
+    ) as moved:  # fmt: skip
+        torch.manual_seed(run.seed_of("dropout"))
+        optimizer = _optimizer(moved, settings)
+        kept = _Kept(run, moved, optimizer)
+        started = time.monotonic()
+        for step in range(kept.restore(), steps):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _factor(settings, step, steps)
+            optimizer.zero_grad()
+            numbers = {}
+            for term, batches in zip(terms, plan, strict=True):
+                if term.weight:
+                    numbers |= _accumulate(
+                        accelerator, moved.model, term, batches[step], settings, run
+                    )
+                    _guard(numbers, term, settings, run, step)
+            norm = accelerator.clip_grad_norm_(
+                list(moved.parameters.values()), settings.max_grad_norm
+            )
+            if not math.isfinite(float(norm)):
+                raise Collapsed(_collapse(step, "the gradient is not finite"))
+            optimizer.step()
+            run.log("step", step=step + 1, of=steps, lr=optimizer.param_groups[0]["lr"],
+                    grad_norm=float(norm), **numbers)  # fmt: skip
+            run.progress.advance("unlearn", step + 1, steps, numbers)
+            kept.save(step + 1, final=step + 1 == steps)
+        run.log("trained", steps=steps, seconds=time.monotonic() - started)
+    subject.model.eval()
+    return subject
+
+
+def _accumulate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    term: Term,
+    indices: list[int],
+    settings: Training,
+    run: Run,
+) -> dict[str, float]:
+    """Forward and backward of one term; gradients add up in the parameters."""
+    examples = term.examples
+    units = examples.total_units(indices)
+    mean_over = units if term.per == "unit" else len(indices)
+    order = sorted(indices, key=lambda i: (int(examples[i]["length"]), i))  # less padding
+    loss_sum = nll_sum = 0.0
+    for start in range(0, len(order), settings.micro_batch_size):
+        batch = examples.batch(order[start : start + settings.micro_batch_size], run.device)
+        with accelerator.autocast():
+            predictions = run.task.predictions(model, batch)
+        loss = term.loss(predictions, batch).sum() * (term.weight / mean_over)
+        accelerator.backward(loss)
+        loss_sum += float(loss.detach())
+        nll_sum += float(predictions.nll().detach().sum())
+    return {f"{term.name}_loss": loss_sum, f"{term.name}_nll": nll_sum / units}
+
+
+def _guard(numbers: dict[str, float], term: Term, settings: Training, run: Run, step: int) -> None:
+    loss, nll = numbers[f"{term.name}_loss"], numbers[f"{term.name}_nll"]
+    limit = settings.max_loss * run.task.chance()
+    if not (math.isfinite(loss) and math.isfinite(nll)):
+        raise Collapsed(_collapse(step, f"the {term.name} loss is not finite"))
+    if nll > limit:
+        raise Collapsed(
+            _collapse(step, f"the {term.name} loss reached {nll:.1f} nats per unit, more than "
+                      f"{settings.max_loss:g} times that of guessing ({limit:.1f})")
+        )  # fmt: skip
+
+
+def _collapse(step: int, what: str) -> str:
+    return (
+        f"the model collapsed at step {step + 1}: {what}. Nothing was written; use a smaller lr or "
+        "fewer epochs, or a method with a retain term"
+    )
+
+
+def _factor(settings: Training, step: int, steps: int) -> float:
+    """Learning-rate factor of a 0-based step: linear warm-up, then the schedule."""
+    rising = settings.warmup * steps
+    if step + 1 < rising:
+        return (step + 1) / rising
+    left = (steps - step) / max(1.0, steps - rising + 1)
+    if settings.schedule == "linear":
+        return min(1.0, left)
+    if settings.schedule == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * min(1.0, left)))
+    return 1.0
+
+
+def _optimizer(moved: Moving, settings: Training) -> torch.optim.Optimizer:
+    parameters = list(moved.parameters.values())
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay)
+
+
+def _accelerator(precision: str, device: torch.device) -> Accelerator:
+    # accelerate keeps its precision in process-wide state; runs in one process may differ in it
+    AcceleratorState._reset_state(reset_partial_state=True)
+    mixed = "bf16" if precision == "bf16" else "no"
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+
+
+class _Kept:
+    """Unfinished training on disk, so that a killed run goes on to the same weights."""
+
+    def __init__(self, run: Run, moved: Moving, optimizer: torch.optim.Optimizer) -> None:
+        self.run, self.moved, self.optimizer = run, moved, optimizer
+        self.saved = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        buffers = dict(self.moved.model.named_buffers())
+        return {**self.moved.parameters, **{f"buffer:{k}": v for k, v in buffers.items()}}
+
+    def save(self, step: int, *, final: bool) -> None:
+        """Keep this step if it is the last, or if the last one kept is old enough."""
+        if self.run.work is None:
+            return
+        if not final and time.monotonic() - self.saved < self.run.save_every:
+            return
+        new = self.run.work / "training.new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        save_file({k: v.detach().cpu().contiguous() for k, v in self._tensors().items()},
+                  new / "weights.safetensors")  # fmt: skip
+        moments = {
+            f"{i}.{key}": value.detach().cpu().contiguous()
+            for i, slots in self.optimizer.state_dict()["state"].items()
+            for key, value in slots.items()
+            if isinstance(value, Tensor)
+        }
+        moments["rng"] = torch.get_rng_state()
+        if self.run.device.type == "cuda":
+            moments["rng_cuda"] = torch.cuda.get_rng_state(self.run.device)
+        save_file(moments, new / "optimizer.safetensors")
+        (new / "step.json").write_text(json.dumps({"step": step}))
+        new.rename(self.run.work / f"training-{step:09d}")
+        for older in self._all()[:-1]:
+            shutil.rmtree(older)
+        self.saved = time.monotonic()
+
+    def _all(self) -> list[Path]:
+        return sorted(self.run.work.glob("training-*")) if self.run.work else []
+
+    def restore(self) -> int:
+        """Go back to the newest step kept; returns the number of steps already done."""
+        kept = self._all()
+        if not kept:
+            return 0
+        weights = load_file(kept[-1] / "weights.safetensors")
+        with torch.no_grad():
+            for name, value in self._tensors().items():
+                value.copy_(weights[name])
+        moments = load_file(kept[-1] / "optimizer.safetensors")
+        torch.set_rng_state(moments.pop("rng"))
+        if "rng_cuda" in moments:
+            torch.cuda.set_rng_state(moments.pop("rng_cuda"), self.run.device)
+        state: dict[int, dict[str, Any]] = {}
+        for name, value in moments.items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+        full = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**full, "state": state})
+        step: int = json.loads((kept[-1] / "step.json").read_text())["step"]
+        self.run.log("resumed", step=step)
+        return step
