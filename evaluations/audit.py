@@ -37,12 +37,12 @@ from unlearn.evaluations.report import (
 )
 from unlearn.evaluations.statistics import auc, auc_interval, mean_interval
 from unlearn.interface import Classes
-from unlearn.plan import Plan
-from unlearn.run import Outcome, Run
+from unlearn.plan import Plan, SetName
+from unlearn.run import Outcome, Role, Run
 from unlearn.tasks.base import Encoded
 
 Array = npt.NDArray[np.float64]
-Role = Literal["original", "unlearned", "retrained"]
+Better = Literal["lower", "higher", "closer_to_retrained"]
 ROLES: tuple[Role, ...] = ("original", "unlearned", "retrained")
 SAMPLE = 1000  # examples measured of sets other than the forget set
 ASKED = 200  # questions a language model is asked, per set
@@ -57,7 +57,7 @@ class Metric:
     name: str
     title: str
     unit: str
-    forget_better: Literal["lower", "closer_to_retrained"]
+    forget_better: Better
     values: Callable[[Measured], Array | None]
     bounded: bool = True
 
@@ -108,7 +108,7 @@ class Audit:
     """The quick audit: likelihood, extraction, answers, accuracy, loss-based membership."""
 
     def __init__(self) -> None:
-        self.measured: dict[Role, dict[str, Measured]] = {}
+        self.measured: dict[Role, dict[SetName, Measured]] = {}
         self.answers: dict[Role, list[str]] = {}
 
     def measure(self, role: Role, model: nn.Module, plan: Plan, run: Run, directory: Path) -> None:
@@ -127,9 +127,7 @@ class Audit:
             rouge = self._rouge(role, model, part, run, stem) if is_text else None
             self.measured[role][name] = Measured(Signals.read(path), rouge, is_text)
 
-    def _rouge(
-        self, role: Role, model: nn.Module, examples: Encoded, run: Run, stem: str
-    ) -> Array:
+    def _rouge(self, role: Role, model: nn.Module, examples: Encoded, run: Run, stem: str) -> Array:
         """ROUGE-L recall of the greedy answers to (a sample of) the prompts."""
         asked = examples.sample(ASKED, run.seed)
         path = run.work / "answers" / f"{stem}.json" if run.work else None
@@ -185,7 +183,7 @@ class Audit:
         (directory / "model" / "README.md").write_text(render_markdown(report))
         return report
 
-    def _values(self, role: Role, subset: str, metric: Metric) -> Array | None:
+    def _values(self, role: Role, subset: SetName, metric: Metric) -> Array | None:
         measured = self.measured.get(role, {}).get(subset)
         return metric.values(measured) if measured else None
 
@@ -197,24 +195,24 @@ class Audit:
                 if (after := values["unlearned"]) is None:
                     continue
                 decision = self._decide(metric, subset, values, plan)
-                forgets = subset in ("forget", "holdout_forget")
-                better = "lower" if metric.name == "loss" else "higher"
                 found.append(
                     Finding(
                         name=metric.name,
                         title=metric.title,
                         subset=subset,
                         unit=metric.unit,
-                        better=metric.forget_better if forgets else better,
+                        better=_better(metric, subset),
                         n=len(after),
-                        **{role: _value(v, metric.bounded) for role, v in values.items()},
+                        original=_value(values["original"], metric.bounded),
+                        unlearned=_value(after, metric.bounded),
+                        retrained=_value(values["retrained"], metric.bounded),
                         **_decided(decision),
                     )
                 )
         return found
 
     def _decide(
-        self, metric: Metric, subset: str, values: dict[Role, Array | None], plan: Plan
+        self, metric: Metric, subset: SetName, values: dict[Role, Array | None], plan: Plan
     ) -> Decision | None:
         """The rule for one metric on one set; None: it is reported for information."""
         before, after, retrained = (values[role] for role in ROLES)
@@ -261,11 +259,9 @@ class Audit:
                     **_decided(criteria.auc_near(bounds, 0.5, "one half")),
                 )
             )
-        same = "holdout_forget" if isinstance(plan.target, Classes) else "holdout"
+        same: SetName = "holdout_forget" if isinstance(plan.target, Classes) else "holdout"
         if same in scores["unlearned"]:
-            aucs = {
-                role: _auc_value(sets["forget"], sets[same]) for role, sets in scores.items()
-            }
+            aucs = {role: _auc_value(sets["forget"], sets[same]) for role, sets in scores.items()}
             after = scores["unlearned"]
             bounds = auc_interval(after["forget"], after[same], criteria.LEVEL)
             centre, name = 0.5, "one half"
@@ -278,7 +274,9 @@ class Audit:
                     subset="forget",
                     better="closer_to_retrained",
                     n=len(after["forget"]) + len(after[same]),
-                    **aucs,
+                    original=aucs["original"],
+                    unlearned=aucs["unlearned"],
+                    retrained=aucs.get("retrained"),
                     **_decided(criteria.auc_near(bounds, centre, name)),
                 )
             )
@@ -334,6 +332,12 @@ def _sentence(word: str, findings: list[Finding]) -> str:
     return f"{word}: {'; '.join(dict.fromkeys(named))}."
 
 
+def _better(metric: Metric, subset: SetName) -> Better:
+    if subset in ("forget", "holdout_forget"):
+        return metric.forget_better
+    return "lower" if metric.name == "loss" else "higher"
+
+
 def _value(values: Array | None, bounded: bool) -> Value | None:
     if values is None:
         return None
@@ -373,13 +377,15 @@ def _request(plan: Plan) -> dict[str, str]:
 
 def _limits(plan: Plan) -> tuple[str, ...]:
     found = [
-        "This quick audit looks at averages; attacks on single records, probes of hidden states and "
-        "relearning were not run, and a pass does not rule them out.",
-        "Copies of the original checkpoint and of the data elsewhere are outside what was examined.",
+        "This quick audit looks at averages; attacks on single records, probes of hidden states "
+        "and relearning were not run, and a pass does not rule them out.",
+        "Copies of the original checkpoint and of the data elsewhere were not examined.",
     ]
     sampled = [n for n, s in plan.sets.named().items() if n != "forget" and len(s) > SAMPLE]
     if sampled:
-        found.append(f"Of the {' and '.join(sampled)} set, {SAMPLE:,} random records were measured.")
+        found.append(
+            f"Of the {' and '.join(sampled)} set, {SAMPLE:,} random records were measured."
+        )
     if plan.checkpoint.task.name == "causal_lm":
         found.append(f"At most {ASKED} random prompts per set were answered for ROUGE-L.")
     if plan.sets.holdout is None:

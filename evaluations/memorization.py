@@ -53,9 +53,10 @@ def extraction_strength(predicted: Any, labels: Any) -> float:
     >>> extraction_strength([1, 2, 3, 9], [1, 2, 3, 4])
     0.0
     """
-    wrong = np.flatnonzero(~_hits(predicted, labels))
-    total = len(labels)
-    return 1.0 - (int(wrong[-1]) + 1) / total if wrong.size else 1.0
+    hits = _hits(predicted, labels)
+    wrong = np.flatnonzero(~hits)
+    start = int(wrong[-1]) + 1 if wrong.size else 0
+    return (hits.size - start) / hits.size
 
 
 def exact_memorization(predicted: Any, labels: Any) -> float:

@@ -13,6 +13,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -88,22 +89,23 @@ def loss_histogram(series: Mapping[str, Sequence[float | None]], label: str) -> 
     edges = _edges(low, high, max(values.size for values in drawn.values()), logarithmic)
     notes += _beyond(drawn.values(), edges)
 
-    figure, axes = _axes(2.3)
-    for name, values in sorted(drawn.items(), key=lambda pair: pair[0] != "unlearned"):
-        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
-        share = counts / values.size
-        if name == "unlearned":
-            axes.stairs(share, edges, fill=True, color=INK[name], alpha=0.16, linewidth=0)
-        axes.stairs(share, edges, color=INK[name], clip_on=False, **STYLES[name])
-    if logarithmic:
-        axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(0)
-    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
-    axes.set_xlabel("mean loss, nats" + (" (log scale)" if logarithmic else ""))
-    axes.set_ylabel("share of records")
-    return Drawing(_svg(figure, label), " ".join(note for note in notes if note))
+    with _style():
+        figure, axes = _axes(2.3)
+        for name, values in sorted(drawn.items(), key=lambda pair: pair[0] != "unlearned"):
+            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
+            share = counts / values.size
+            if name == "unlearned":
+                axes.stairs(share, edges, fill=True, color=INK[name], alpha=0.16, linewidth=0)
+            axes.stairs(share, edges, color=INK[name], clip_on=False, **STYLES[name])
+        if logarithmic:
+            axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(0)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+        axes.set_xlabel("mean loss, nats" + (" (log scale)" if logarithmic else ""))
+        axes.set_ylabel("share of records")
+        return Drawing(_svg(figure, label), " ".join(note for note in notes if note))
 
 
 def trajectory(steps: Sequence[int], values: Sequence[float | None], label: str) -> Drawing:
@@ -131,32 +133,34 @@ def trajectory(steps: Sequence[int], values: Sequence[float | None], label: str)
         missing = _count(y.size - known.size, "value is", "values are")
         note += f" {missing} not finite and not drawn."
 
-    figure, axes = _axes(1.9)
-    if y.size > LONGEST:
-        x, y, smallest, largest = _thin(x, y)
-        axes.fill_between(x, smallest, largest, color=INK["unlearned"], alpha=0.16, linewidth=0)
-    lonely = y.size <= 30 or known.size < y.size  # a point between two gaps has no line to show it
-    axes.plot(
-        x,
-        y,
-        color=INK["unlearned"],
-        linewidth=1.4,
-        marker="o" if lonely else "",
-        markersize=2.4,
-        markeredgewidth=0,
-        clip_on=False,
-        solid_joinstyle="round",
-    )
-    if known.min() > 0 and known.max() / known.min() > 1000:
-        axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
-    if x[0] == x[-1]:
-        axes.set_xlim(x[0] - 1, x[0] + 1)
-    else:
-        axes.set_xlim(x[0], x[-1])
-    axes.locator_params(axis="x", integer=True)
-    axes.set_xlabel("step")
-    return Drawing(_svg(figure, label), note)
+    with _style():
+        figure, axes = _axes(1.9)
+        if y.size > LONGEST:
+            x, y, smallest, largest = _thin(x, y)
+            axes.fill_between(x, smallest, largest, color=INK["unlearned"], alpha=0.16, linewidth=0)
+        # a point between two gaps has no line to show it
+        lonely = y.size <= 30 or known.size < y.size
+        axes.plot(
+            x,
+            y,
+            color=INK["unlearned"],
+            linewidth=1.4,
+            marker="o" if lonely else "",
+            markersize=2.4,
+            markeredgewidth=0,
+            clip_on=False,
+            solid_joinstyle="round",
+        )
+        if known.min() > 0 and known.max() / known.min() > 1000:
+            axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
+        if x[0] == x[-1]:
+            axes.set_xlim(x[0] - 1, x[0] + 1)
+        else:
+            axes.set_xlim(x[0], x[-1])
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("step")
+        return Drawing(_svg(figure, label), note)
 
 
 def strip(marks: Sequence[Mark]) -> str:
@@ -273,6 +277,13 @@ def _thin(x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
         for summary in (np.mean, np.min, np.max)
     ]
     return middle, summaries[0], summaries[1], summaries[2]
+
+
+def _style() -> AbstractContextManager[None]:
+    """Matplotlib's own defaults, whatever the user's settings are."""
+    from matplotlib import style
+
+    return style.context("default")
 
 
 def _axes(height: float) -> tuple[Figure, Any]:

@@ -5,9 +5,9 @@ one suffix each; a rule fires if the stem before the suffix is long enough, wher
 measure m: the number of vowel-consonant alternations. Of the rules whose suffix fits, only the
 longest is tried.
 
-The ROUGE scores in print come from NLTK's variant, so its documented departures from the paper are
-followed here (marked "extension"): a list of irregular words, four-letter -ies and -ied, y after
-any consonant, -bli, -alli, -fulli and -logi, and two-letter stems that may end in vowel-consonant.
+Published ROUGE scores use NLTK's variant, so its documented departures from the paper are followed
+(marked "extension"): irregular words, four-letter -ies and -ied, y after any consonant, -bli,
+-alli, -fulli and -logi, and two-letter stems that end in vowel-consonant.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def _shape(word: str) -> str:
     """
     kinds = ""
     for letter in word:
-        is_vowel = letter in "aeiou" or (letter == "y" and kinds[-1:] == "c")
-        kinds += "v" if is_vowel else "c"
+        kinds += "v" if letter in "aeiou" or (letter == "y" and kinds[-1:] == "c") else "c"
     return kinds
 
 
@@ -64,9 +63,7 @@ def _ends_double(word: str) -> bool:
 def _ends_short(word: str) -> bool:
     """Whether the word ends consonant-vowel-consonant, the last not w, x or y (Porter's *o)."""
     shape = _shape(word)
-    if shape == "vc":  # extension
-        return True
-    return shape.endswith("cvc") and word[-1] not in "wxy"
+    return shape == "vc" or (shape.endswith("cvc") and word[-1] not in "wxy")  # vc: extension
 
 
 def _replace(word: str, rules: list[tuple[str, str]], fits: Callable[[str, str], bool]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def render_html(report: Report) -> str:
         css=Markup((folder / "report.css").read_text(encoding="utf-8")),  # noqa: S704 our own file
         groups=_groups(report),
         columns=_columns(report),
+        created=_moment(report),
         tally=_tally(report),
         levels=_levels(report),
         losses=_loss_figures(report),
@@ -145,7 +147,7 @@ def render_markdown(report: Report) -> str:
         "",
         f"**Verdict: {report.verdict}.** {_plain(report.verdict_reason)}",
         "",
-        f"Method `{_code(report.method)}`, audited {report.created[:10]}. {_tally(report)} "
+        f"Method `{_code(report.method)}`, audited {_moment(report)[:10]}. {_tally(report)} "
         f"Checkpoint before: `{_code(report.checkpoint_in[:16])}`, "
         f"after: `{_code(report.checkpoint_out[:16])}`.",
         "",
@@ -198,6 +200,11 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _moment(report: Report) -> str:
+    """When the report was made, to the minute."""
+    return datetime.fromisoformat(report.created).strftime("%Y-%m-%d %H:%M")
 
 
 def _size(count: int) -> str:
@@ -324,8 +331,8 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text that can stand between backticks in a Markdown table."""
-    return re.sub(r"[`|\s]+", " ", text)
+    """Text that can stand between backticks, in a table and in any renderer."""
+    return re.sub(r"[`|<>\s]+", " ", text)
 
 
 def _row(cells: list[str]) -> str:

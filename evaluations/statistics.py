@@ -9,7 +9,6 @@ ranked like any other, infinite values have no mean and are refused there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -224,8 +223,8 @@ def mean_interval(
     skewness = float(np.mean((deviations / spread) ** 3))
     reach = float(stats.t.isf(tail, n - 1)) / math.sqrt(n)
     deviation = spread * math.sqrt(n / (n - 1))
-    ends = (mean - deviation * _hall(side * reach, skewness, n) for side in (1.0, -1.0))
-    start, stop = ends
+    start = mean - deviation * _hall(reach, skewness, n)
+    stop = mean - deviation * _hall(-reach, skewness, n)
     return Bounds(max(low, start), min(high, stop))
 
 
@@ -249,7 +248,7 @@ def _placements(members: Array, nonmembers: Array) -> tuple[Array, Array]:
     return above, below
 
 
-def _vector(values: Any | Sequence[float], name: str) -> Array:
+def _vector(values: Any, name: str) -> Array:
     """Values as a nonempty float64 array of shape (n,) without NaN."""
     if hasattr(values, "detach"):  # a tensor, perhaps on a device or in a dtype numpy lacks
         values = values.detach().cpu().double().numpy()

@@ -194,6 +194,7 @@ def _stored(files: list[Path]) -> tuple[torch.dtype, int]:
 
 
 def master(stored: torch.dtype) -> torch.dtype:
+    """The precision a checkpoint is trained in: never less than float32."""
     return torch.float64 if stored is torch.float64 else torch.float32
 
 
@@ -416,7 +417,7 @@ def _from_memory(subject: Subject, options: Options) -> Checkpoint:
             raise BadInput(
                 "a language model in memory needs its tokenizer: Subject(model, tokenizer)"
             )
-        text = config.get_text_config()  # type: ignore[operator, union-attr]
+        text = config.get_text_config()
         own = getattr(text, "max_position_embeddings", None) or LONGEST
         limit = options.max_length or min(own, LONGEST)
         task = CausalLM(processor, text.vocab_size, limit, options.chat_template)
@@ -468,8 +469,8 @@ def save(subject: Subject, stored: torch.dtype, directory: Path) -> str:
             f"the unlearned weights {', '.join(bad[:3])} are not finite in {stored}: nothing was "
             "written; use a smaller learning rate"
         )
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(directory)
+    if callable(write := getattr(model, "save_pretrained", None)):
+        write(directory)
         if hasattr(subject.processor, "save_pretrained"):
             subject.processor.save_pretrained(directory)
     else:

@@ -18,9 +18,7 @@ class RunConfig(BaseModel):
 
     checkpoint: Annotated[
         Any,
-        Field(
-            description="Hugging Face directory or hub name, the directory of an earlier run, or a safetensors file with --model"
-        ),
+        Field(description="Hugging Face directory, hub name, earlier run, or safetensors file"),
     ]
     method: Annotated[str, Field(description="the unlearning method; `unlearn methods` lists them")]
     forget: Annotated[
@@ -31,9 +29,7 @@ class RunConfig(BaseModel):
     holdout: Annotated[Any, Field(description="data the model never saw, to compare with")] = None
     data: Annotated[
         Any,
-        Field(
-            description="all training data, to be split by --forget, --forget-ids or --forget-classes"
-        ),
+        Field(description="all training data, split by --forget, --forget-ids or --forget-classes"),
     ] = None
     forget_ids: Annotated[
         str | None,
@@ -70,9 +66,7 @@ class RunConfig(BaseModel):
     max_length: Annotated[int | None, Field(gt=1, description="longest text in tokens")] = None
     chat_template: Annotated[
         bool | None,
-        Field(
-            description="render questions through the tokenizer's chat template; default: when it has one"
-        ),
+        Field(description="render questions through the chat template; default: if there is one"),
     ] = None
     trust_remote_code: Annotated[
         bool, Field(description="run Python code that the checkpoint brings")

@@ -55,11 +55,12 @@ class Examples:
 
     def column(self, key: str) -> list[Any]:
         """One column without touching the others (images stay undecoded)."""
-        rows, order = self.rows, range(len(self.rows))
-        if isinstance(rows, _Selected):
-            rows, order = rows.rows, rows.order  # type: ignore[assignment]
+        rows: Any = self.rows
+        order: Sequence[int] = range(len(rows))
+        while isinstance(rows, _Selected):
+            rows, order = rows.rows, [rows.order[i] for i in order]
         if hasattr(rows, "column_names"):
-            values = rows[key]  # type: ignore[call-overload]
+            values = rows[key]
             return [values[i] for i in order]
         return [rows[i].get(key) for i in order]
 

@@ -34,15 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.errors import Unsupported
 
-PAIRED = 4  # positions up to which pairs cost less than materialising (measured on CPU)
-CHUNK = {"cpu": 2**20, "other": 2**25}  # elements held at once: a cache full, a launch's worth
+PAIRED = 4  # positions up to which pairs cost less than chunks (measured on CPU)
+CHUNK = {"cpu": 2**20, "other": 2**25}  # elements at once: what a cache holds, what fills a GPU
 
 
 def squared_gradients(
@@ -61,7 +60,7 @@ def squared_gradients(
         By name, sum_i (d nll_i / d p)^2 in the parameter's shape; zeros where it took no part.
 
     Raises:
-        Unsupported: a module mixes examples, hides which is which, or defeats the method.
+        Unsupported: a module mixes the examples, or its gradients cannot be told apart.
 
     >>> layer = nn.Linear(2, 1)
     >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -69,33 +68,33 @@ def squared_gradients(
     tensor([[10., 20.]])
     """
     recorder = _Recorder(parameters)
-    with _frozen((*model.parameters(), *parameters.values())):
-        with recorder.listening_to(model):
+    with _requires_grad([*model.parameters(), *parameters.values()], False):
+        with _requires_grad(parameters.values(), True), recorder.listening_to(model):
             losses = nll()
         recorder.differentiate(losses)
     return {name: recorder.totals[id(p)] for name, p in parameters.items()}
 
 
 @contextmanager
-def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    flags = {p: p.requires_grad for p in parameters}
+def _requires_grad(parameters: Iterable[nn.Parameter], flag: bool) -> Iterator[None]:
+    found = {p: p.requires_grad for p in parameters}
     try:
-        for p in flags:
-            p.requires_grad_(False)
+        for p in found:
+            p.requires_grad_(flag)
         yield
     finally:
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
+        for p, before in found.items():
+            p.requires_grad_(before)
 
 
 @dataclass(eq=False)
 class _Call:
     """One call of a module: what went in, and what the backward pass brings to what came out."""
 
-    module: nn.Module
+    module: Any
     label: str
     batch: int
-    inputs: list[Any]  # the leaves of (args, kwargs), of which ``structure`` is the shape
+    inputs: list[Any]  # the leaves of (args, kwargs), which ``structure`` puts together again
     structure: pytree.TreeSpec
     versions: list[int]
     outputs: int = 0
@@ -105,8 +104,7 @@ class _Call:
     def a(self) -> Tensor:
         """The input of a module that has one; what all examples share is expanded."""
         a: Tensor = self.inputs[0]
-        if a.shape[:1] not in ((1,), (self.batch,)):
-            raise Unsupported(f"{self.label}: the batch is not the leading dimension of its input")
+        self.require(a.shape[:1] in ((1,), (self.batch,)), "the batch does not lead its input")
         return a.expand(self.batch, *a.shape[1:])
 
     @property
@@ -114,114 +112,122 @@ class _Call:
         """The gradient at the output of a module that has one."""
         return self.deltas[0]
 
+    @property
+    def forward(self) -> Any:
+        """What identifies the rule: a subclass that computes something else has its own."""
+        return None if "forward" in vars(self.module) else type(self.module).forward
+
+    def has_batch(self, x: Any) -> bool:
+        """Whether this input has one entry per example."""
+        return isinstance(x, Tensor) and x.shape[:1] == (self.batch,)
+
+    def require(self, met: bool, problem: str) -> None:
+        """Refuse what cannot be done."""
+        if not met:
+            raise Unsupported(f"{self.label}: {problem}")
+
     def check(self) -> None:
-        """Refuse inputs that changed after the call and outputs without the batch in front."""
-        if any(leaf._version != v for leaf, v in zip(self.inputs, self.versions, strict=True)
-               if isinstance(leaf, Tensor)):
-            raise Unsupported(f"{self.label}: its input is modified in place after the call")
-        if any(delta.shape[:1] != (self.batch,) for delta in self.deltas.values()):
-            raise Unsupported(f"{self.label}: the batch is not the leading dimension of its output")
+        """Refuse an input that changed after the call, and examples that cannot be told apart."""
+        self.require(self.versions == _versions(self.inputs), "its input was modified in place")
+        led = all(self.has_batch(delta) for delta in self.deltas.values())
+        self.require(led, "the batch does not lead its output")
+        if isinstance(self.module, nn.Embedding) and self.a.dim() == 1 < self.batch:
+            positions = torch.arange(self.batch, device=self.a.device)
+            self.require(not self.a.equal(positions), "positions need a leading dimension of 1")
+
+
+def _versions(inputs: list[Any]) -> list[int]:
+    return [x._version for x in inputs if isinstance(x, Tensor)]
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; hands over the gradient that comes back, and gives the graph its beginning."""
+    """The identity; hands over the gradient that comes back, and gives the graph a beginning."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, arrive: Callable[[Tensor], None]) -> Any:
         ctx.arrive = arrive
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        arrive, ctx.arrive = ctx.arrive, None
+    def backward(ctx: Any, delta: Tensor) -> Any:
+        arrive, ctx.arrive = ctx.arrive, None  # what it holds is free again
         arrive(delta)
         return delta, None, None
 
 
 class _Recorder:
-    """Follows the calls of the modules that own wanted parameters, forward and backward.
+    """Follows the modules that own wanted parameters through the forward and backward pass.
 
     Wanted parameters require gradients except while their owner runs. One that is used elsewhere
     therefore shows up in the graph, and is refused rather than missed.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.names = {id(p): name for name, p in parameters.items()}
-        self.wanted = {id(p): p for p in parameters.values()}
+        self.wanted = {id(p): (name, p) for name, p in parameters.items()}
         self.totals: dict[int, Tensor] = {}
         self.uses: dict[int, list[tuple[_Call, str]]] = defaultdict(list)
         self.open: list[_Call] = []
-        self.batch: int | None = None
+        self.batch = 0
         self.anchor = torch.zeros((), requires_grad=True)
 
     @contextmanager
     def listening_to(self, model: nn.Module) -> Iterator[None]:
+        """Record every call made inside."""
         handles: list[Any] = []
         try:
-            for p in self.wanted.values():
-                p.requires_grad_(True)
             for name, module in model.named_modules():
-                label = f"{name or 'the model'} ({type(module).__name__})"
-                handles += self._listen(module, label)
+                handles += self._listen(module, f"{name or 'the model'} ({type(module).__name__})")
             with torch.enable_grad():
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-            for p in self.wanted.values():
-                p.requires_grad_(False)
 
-    def _listen(self, module: nn.Module, label: str) -> list[Any]:
+    def _listen(self, module: nn.Module, label: str) -> Iterator[Any]:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise Unsupported(f"{label}: batch statistics mix the examples; call model.eval()")
-        # an attention layer reads the weights of its output projection without calling it
-        everything = isinstance(module, nn.MultiheadAttention)
-        owned = {
-            name: p
-            for name, p in module.named_parameters(recurse=everything, remove_duplicate=False)
-            if id(p) in self.wanted
-        }
+        # attention reads the weights of its output projection without calling it
+        within = isinstance(module, nn.MultiheadAttention)
+        members = module.named_parameters(recurse=within, remove_duplicate=False)
+        owned = {name: p for name, p in members if id(p) in self.wanted}
         if owned and isinstance(module, ParametrizationList):
             raise Unsupported(f"{label}: remove the parametrization first")
         if owned and not getattr(module, "batch_first", True):
-            raise Unsupported(f"{label}: the batch is not the leading dimension (batch_first)")
+            raise Unsupported(f"{label}: the batch does not lead its input; use batch_first=True")
 
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             inputs, structure = pytree.tree_flatten((args, kwargs))
-            if self.batch is None:
-                self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), None)
-            if not owned:
-                return
+            if not self.batch:  # the outermost module's first input tells
+                self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 0)
+            if owned:
+                inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+                versions = _versions(inputs)
+                self.open.append(_Call(module, label, self.batch, inputs, structure, versions))
             for p in owned.values():
                 p.requires_grad_(False)
-            versions = [x._version if isinstance(x, Tensor) else 0 for x in inputs]
-            inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-            self.open.append(_Call(module, label, self.batch or 0, inputs, structure, versions))
 
-        def after(_: nn.Module, args: Any, output: Any) -> Any:
-            for p in owned.values():
-                p.requires_grad_(True)
+        def leave(_: nn.Module, args: Any, output: Any) -> Any:
             call = self.open.pop()
             for name, p in owned.items():
+                p.requires_grad_(True)
                 self.uses[id(p)].append((call, name))
             return self._tapped(call, output)
 
-        handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
+        yield module.register_forward_pre_hook(enter, with_kwargs=True)
         if owned:
-            handles.append(module.register_forward_hook(after, prepend=True))
-        return handles
+            yield module.register_forward_hook(leave, prepend=True)
 
     def _tapped(self, call: _Call, output: Any) -> Any:
         leaves, structure = pytree.tree_flatten(output)
-        shared = not any(isinstance(x, Tensor) and len(x) == call.batch for x in call.inputs)
+        shared = not any(call.has_batch(x) for x in call.inputs)
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                call.outputs += 1
-                if shared and leaf.shape[:1] == (1,):  # positions: one row that all examples use
+                if shared and leaf.shape[:1] == (1,):  # positions, the same for all examples
                     leaf = leaf.expand(call.batch, *leaf.shape[1:])
-                leaves[place] = _Tap.apply(leaf, self.anchor, partial(self._arrive, call, place))
-        if not call.outputs:
-            raise Unsupported(f"{call.label}: its output holds no tensor")
+                arrive = partial(self._arrive, call, place)
+                leaves[place] = _Tap.apply(leaf, self.anchor, arrive)  # type: ignore[no-untyped-call]
+                call.outputs += 1
+        call.require(call.outputs > 0, "its output holds no tensor")
         return pytree.tree_unflatten(leaves, structure)
 
     def _arrive(self, call: _Call, place: int, delta: Tensor) -> None:
@@ -235,19 +241,17 @@ class _Recorder:
         for call, _ in uses:
             call.check()
         with torch.no_grad():
-            self.totals[key] = _total(uses, self.wanted[key])
+            self.totals[key] = _total(uses, self.wanted[key][1])
 
     def differentiate(self, losses: Tensor) -> None:
         """Run the backward pass from the losses, shape (batch,), and complete the totals."""
-        if self.batch is not None and losses.shape != (self.batch,):
-            raise Unsupported(
-                f"nll returned losses of shape {tuple(losses.shape)} for a batch of {self.batch}"
-            )
+        if self.batch and losses.shape != (self.batch,):
+            shape = tuple(losses.shape)
+            raise Unsupported(f"the losses have shape {shape} for a batch of {self.batch}")
         for leaf in _leaves(losses):
-            if id(leaf) in self.names:
-                raise Unsupported(
-                    f"{self.names[id(leaf)]} is used outside the module that owns it"
-                )
+            if id(leaf) in self.wanted:
+                name, _ = self.wanted[id(leaf)]
+                raise Unsupported(f"{name}: it is used outside the module that owns it")
         if losses.requires_grad:
             torch.autograd.grad(losses.sum(), self.anchor, allow_unused=True)
         for key in self.wanted.keys() - self.totals.keys():
@@ -255,28 +259,31 @@ class _Recorder:
 
 
 def _leaves(output: Tensor) -> Iterator[Tensor]:
-    nodes, seen = [output.grad_fn], set()
+    nodes: list[Any] = [output.grad_fn]
+    seen = {None}
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        nodes += [parent for parent, _ in node.next_functions]
+        if node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                yield node.variable
 
 
 # From calls to squares. Shapes: n examples, g groups, t positions, o outputs, k inputs.
 
 
-def _total(uses: list[tuple[_Call, str]], parameter: nn.Parameter) -> Tensor:
+def _total(uses: list[tuple[_Call, str]], parameter: Tensor) -> Tensor:
     if len(uses) == 1:
         call, name = uses[0]
-        rule = _RULES.get(_forward(call.module))
+        rule = _RULES.get(call.forward)
         if rule and name in ("weight", "bias"):
             return rule(call, name)
     total = torch.zeros_like(parameter)
-    size = max([parameter.numel(), *(_size(call) for call, _ in uses)])
+    held = [
+        x for call, _ in uses for x in (*call.inputs, *call.deltas.values()) if call.has_batch(x)
+    ]
+    size = max([parameter.numel(), *(x[0].numel() for x in held)])
     for part in _chunks(uses[0][0].batch if uses else 0, size, parameter.device):
         gradients = parameter.new_zeros(part.stop - part.start, *parameter.shape)
         for call, name in uses:
@@ -285,31 +292,17 @@ def _total(uses: list[tuple[_Call, str]], parameter: nn.Parameter) -> Tensor:
     return total
 
 
-def _size(call: _Call) -> int:
-    tensors = [*call.deltas.values(), *(x for x in call.inputs if isinstance(x, Tensor))]
-    return max(x[0].numel() for x in tensors if len(x) == call.batch)
-
-
-def _forward(module: nn.Module) -> Any:
-    """What identifies the rule: a subclass that computes something else has its own forward."""
-    return None if "forward" in vars(module) else type(module).forward
-
-
 def _chunks(n: int, size: int, device: torch.device) -> Iterator[slice]:
     step = max(1, CHUNK.get(device.type, CHUNK["other"]) // size)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def _add_squares(total: Tensor, gradients: Tensor) -> None:
-    """total += sum_i gradients[i]^2; overwrites the gradients."""
+    """Add sum_i gradients[i]^2; overwrites the gradients."""
     if len(gradients) == 1:
         total.addcmul_(gradients[0], gradients[0])
     else:
         total += gradients.square_().sum(0)
-
-
-def _sum_of_squares(gradients: Tensor) -> Tensor:
-    return gradients.square().sum(0)
 
 
 def _outer(delta: Tensor, a: Tensor) -> Tensor:
@@ -317,16 +310,24 @@ def _outer(delta: Tensor, a: Tensor) -> Tensor:
     n, g, positions, o = delta.shape
     k = a.shape[-1]
     if positions <= PAIRED:
-        i, j = torch.triu_indices(positions, positions, device=delta.device)
-        times = torch.where(i == j, 1.0, 2.0).to(delta.dtype)[:, None]
-        pairs = torch.einsum(
-            "ngto,ngtk->gok", delta[:, :, i] * delta[:, :, j] * times, a[:, :, i] * a[:, :, j]
-        )
-        return pairs.clamp_(min=0)  # rounding may leave a cancelled square just below zero
+        every = torch.arange(positions, device=delta.device)
+        return _paired(delta.permute(2, 1, 0, 3), a.permute(2, 1, 0, 3), every, every)
     total = delta.new_zeros(g, o, k)
     for part in _chunks(n, g * o * k, delta.device):
         _add_squares(total, delta[part].mT @ a[part])
     return total
+
+
+def _paired(delta: Tensor, a: Tensor, at: Tensor, seen: Tensor) -> Tensor:
+    """The same over pairs of positions: (t, g, n, o), (s, g, n, k), and which t saw which s."""
+    if len(at) == 1:
+        return delta[at[0]].square().mT @ a[seen[0]].square()
+    i, j = torch.triu_indices(len(at), len(at), device=at.device)
+    times = torch.where(i == j, 1.0, 2.0).to(delta).view(-1, 1, 1, 1)
+    deltas = delta.index_select(0, at[i]).mul_(delta.index_select(0, at[j])).mul_(times)
+    inputs = a.index_select(0, seen[i]).mul_(a.index_select(0, seen[j]))
+    squares = deltas.movedim(1, 0).flatten(1, 2).mT @ inputs.movedim(1, 0).flatten(1, 2)
+    return squares.clamp_(min=0)  # rounding may leave one that cancels just below zero
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -335,103 +336,106 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _linear(call: _Call, name: str) -> Tensor:
     delta = _tokens(call.delta)
-    return _outer(delta, _tokens(call.a))[0] if name == "weight" else _sum_of_squares(delta.sum((1, 2)))
+    if name == "bias":
+        return delta.sum((1, 2)).square().sum(0)
+    return _outer(delta, _tokens(call.a))[0]
 
 
-def _transposed_linear(call: _Call, name: str) -> Tensor:
-    return _linear(call, name) if name == "bias" else _outer(_tokens(call.a), _tokens(call.delta))[0]
+def _conv1d(call: _Call, name: str) -> Tensor:
+    """The linear map of GPT-2, whose weight is transposed."""
+    if name == "bias":
+        return _linear(call, name)
+    return _outer(_tokens(call.a), _tokens(call.delta))[0]
 
 
 def _convolution(call: _Call, name: str) -> Tensor:
     module, a, delta = call.module, call.a, call.delta.flatten(2)
     if name == "bias":
-        return _sum_of_squares(delta.sum(2))
-    g, offsets = module.groups, math.prod(module.kernel_size)
-    delta = delta.unflatten(1, (g, -1)).mT
-    positions, o = delta.shape[2:]
-    if positions <= PAIRED and offsets <= 64:
-        total = _by_offset(delta, a, module)
-    else:
-        windows = _windows(a, module, g)
-        k = windows.shape[-1] * offsets
-        total = delta.new_zeros(g, o, k)
-        for part in _chunks(len(a), g * k * max(o, positions), a.device):
-            total += _outer(delta[part], windows[part].reshape(-1, g, positions, k))
-    total = total.view(g * o, *module.kernel_size, -1)
-    return total.movedim(-1, 1).contiguous()
+        return delta.sum(2).square().sum(0)
+    delta = delta.unflatten(1, (module.groups, -1)).mT  # type: ignore[no-untyped-call]
+    n, g, positions, o = delta.shape
+    few = positions <= PAIRED
+    if few and any(module._reversed_padding_repeated_twice):
+        return _by_offset(delta, a, module).view_as(module.weight)
+    windows = _windows(a, module, g)
+    k = math.prod(windows.shape[-module.weight.dim() + 1 :])
+    total = delta.new_zeros(g, o, k)
+    for part in _chunks(n, g * k * (positions**2 if few else max(o, positions)), a.device):
+        total += _outer(delta[part], windows[part].reshape(-1, g, positions, k))
+    return total.view(g * o, *module.kernel_size, -1).movedim(-1, 1).contiguous()
 
 
-def _windows(a: Tensor, module: nn.Module, groups: int) -> Tensor:
-    """What each position of the output saw: (n, g, *positions, *kernel, channels), a view."""
+def _windows(a: Tensor, module: Any, groups: int) -> Tensor:
+    """What each position of the output saw: (n, g, *positions, *kernel, k), as a view."""
     pads = module._reversed_padding_repeated_twice
-    dims = a.dim() - 2
     if module.padding_mode == "zeros":
         a = F.pad(a.movedim(1, -1), [0, 0, *pads])
     else:
         a = F.pad(a, pads, module.padding_mode).movedim(1, -1)
-    for i, (size, step, gap) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), 1
-    ):
+    dims = list(zip(module.kernel_size, module.stride, module.dilation, strict=True))
+    for i, (size, step, gap) in enumerate(dims, 1):
         a = a.unfold(i, gap * (size - 1) + 1, step)[..., ::gap]
-    a = a.unflatten(1 + dims, (groups, -1))
-    return a.movedim(1 + dims, 1).movedim(2 + dims, -1)
+    a = a.unflatten(len(dims) + 1, (groups, -1))  # type: ignore[no-untyped-call]
+    return a.movedim(len(dims) + 1, 1).movedim(len(dims) + 2, -1)
 
 
-def _by_offset(delta: Tensor, a: Tensor, module: nn.Module) -> Tensor:
-    """For few positions: each place in the kernel alone, without the windows padding filled."""
-    g, positions, o = delta.shape[1:]
-    index = torch.arange(1.0, a[0, 0].numel() + 1, dtype=torch.float64).view(1, 1, *a.shape[2:])
-    sources = _windows(index, module, 1).reshape(positions, -1).long()  # 0: padding
-    a = a.flatten(2).unflatten(1, (g, -1)).mT
-    total = delta.new_zeros(sources.shape[1], g, o, a.shape[-1])
-    for offset, source in enumerate(sources.T):
-        inside = source.nonzero()[:, 0]
-        if len(inside):
-            total[offset] = _outer(delta[:, :, inside], a[:, :, source[inside] - 1])
-    return total.permute(1, 2, 0, 3).reshape(g, o, -1)
+def _by_offset(delta: Tensor, a: Tensor, module: Any) -> Tensor:
+    """Where padding fills much of the few windows: each place of the kernel without it."""
+    n, g, positions, o = delta.shape
+    numbers = torch.arange(1.0, a[0, 0].numel() + 1, dtype=torch.float64)
+    windows = _windows(numbers.view(1, 1, *a.shape[2:]), module, 1)
+    sources = windows.reshape(positions, -1).long().T  # by place in the kernel; 0 is padding
+    delta = delta.permute(2, 1, 0, 3).contiguous()
+    a = a.flatten(2).view(n, g, -1, a[0, 0].numel()).permute(3, 1, 0, 2).contiguous()
+    total = delta.new_zeros(g, o, a.shape[-1], len(sources))
+    for place, source in enumerate(sources):
+        at = source.nonzero()[:, 0]
+        if len(at):
+            seen = source[at] - 1
+            total[..., place] = _paired(delta, a, at.to(a.device), seen.to(a.device))
+    return total
 
 
 def _embedding(call: _Call, name: str) -> Tensor:
-    """sum_i of the squared rows."""
-    module = call.module
+    size = call.module.num_embeddings
     keys, rows = _rows(call, slice(0, call.batch))
-    return _scatter(rows.square(), keys % module.num_embeddings, module.num_embeddings)
+    return _scatter(rows.square_(), keys % size, size)
 
 
 def _rows(call: _Call, part: slice) -> tuple[Tensor, Tensor]:
-    """Each token's gradient in each example: keys example * vocabulary + token, and rows."""
-    module, tokens, delta = call.module, call.a[part], call.delta[part]
+    """The gradient of each token of each example: example * vocabulary + token, and its row."""
+    tokens, delta, module = call.a[part], call.delta[part], call.module
     if module.padding_idx is not None:
         delta = delta.masked_fill((tokens == module.padding_idx)[..., None], 0)
-    example = torch.arange(len(tokens), device=tokens.device)
-    keys = tokens.flatten(1) + example[:, None] * module.num_embeddings
-    keys, place = keys.unique(return_inverse=True)
-    return keys, _scatter(delta.reshape(-1, delta.shape[-1]), place.flatten(), len(keys))
+    examples = torch.arange(len(tokens), device=tokens.device)[:, None]
+    keys = tokens.reshape(len(tokens), -1) + examples * module.num_embeddings
+    keys, places = torch.unique(keys, return_inverse=True)
+    return keys, _scatter(delta.reshape(-1, delta.shape[-1]), places.flatten(), len(keys))
 
 
 def _scatter(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """Rows with the same index added up, in the same order every time."""
-    return torch.ops.aten.embedding_dense_backward(rows, index, size, -1, False)
+    """Rows with the same index added up, always in the same order."""
+    scattered: Tensor = torch.ops.aten.embedding_dense_backward(rows, index, size, -1, False)
+    return scattered
 
 
 def _normalisation(call: _Call, name: str) -> Tensor:
     module, delta = call.module, call.delta
-    if name == "weight":
-        if isinstance(module, _BatchNorm):
-            hat = F.batch_norm(call.a, module.running_mean, module.running_var, eps=module.eps)
-        elif isinstance(module, nn.LayerNorm):
-            hat = F.layer_norm(call.a, module.normalized_shape, eps=module.eps)
-        else:
-            hat = F.rms_norm(call.a, module.normalized_shape, eps=module.eps)
-        delta = delta * hat
-    if isinstance(module, _BatchNorm):
-        return _sum_of_squares(delta.reshape(*delta.shape[:2], -1).sum(2))
-    return _sum_of_squares(delta.reshape(len(delta), -1, *module.normalized_shape).sum(1))
+    features = len(module.weight.shape) if not isinstance(module, _BatchNorm) else 0
+    if name == "weight" and isinstance(module, _BatchNorm):
+        hat = F.batch_norm(call.a, module.running_mean, module.running_var, eps=module.eps)
+        delta = hat.mul_(delta)
+    elif name == "weight":
+        normalise = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
+        delta = normalise(call.a, module.normalized_shape, eps=module.eps).mul_(delta)
+    if features:
+        return delta.reshape(len(delta), -1, *delta.shape[-features:]).sum(1).square().sum(0)
+    return delta.reshape(*delta.shape[:2], -1).sum(2).square().sum(0)
 
 
 _RULES: dict[Any, Callable[[_Call, str], Tensor]] = {
     nn.Linear.forward: _linear,
-    Conv1D.forward: _transposed_linear,
+    Conv1D.forward: _conv1d,
     nn.Conv1d.forward: _convolution,
     nn.Conv2d.forward: _convolution,
     nn.Conv3d.forward: _convolution,
@@ -443,40 +447,35 @@ _RULES: dict[Any, Callable[[_Call, str], Tensor]] = {
 
 
 def _add_gradients(gradients: Tensor, call: _Call, name: str, part: slice) -> None:
-    """Add each example's gradient, shape (part, *parameter), from one call."""
-    forward = _forward(call.module)
-    if forward is nn.Linear.forward and name == "weight":
-        gradients.baddbmm_(_tokens(call.delta[part])[:, 0].mT, _tokens(call.a[part])[:, 0])
-    elif forward is nn.Embedding.forward:
-        keys, rows = _rows(call, part)
-        gradients.flatten(0, 1).index_add_(0, keys, rows)
+    """Add what one call contributes to each example's gradient, (part, *parameter)."""
+    if call.forward is nn.Linear.forward and name == "weight":
+        delta, a = _tokens(call.delta[part]), _tokens(call.a[part])
+        gradients.baddbmm_(delta[:, 0].mT, a[:, 0])
+    elif call.forward is nn.Embedding.forward:
+        gradients.flatten(0, 1).index_add_(0, *_rows(call, part))
     else:
         gradients += _vjp(call, name, part)
 
 
 def _vjp(call: _Call, name: str, part: slice) -> Tensor:
-    module = call.module
-    split = [isinstance(x, Tensor) and x.shape[:1] == (call.batch,) for x in call.inputs]
-    examples = [x[part] for x, batched in zip(call.inputs, split, strict=True) if batched]
+    """Any module: each example through it alone, vectorised."""
 
-    def gradient(deltas: list[Tensor], example: list[Tensor]) -> Tensor:
-        parts = iter(example)
-        inputs = [
-            next(parts)[None] if batched else x
-            for x, batched in zip(call.inputs, split, strict=True)
-        ]
-        args, kwargs = pytree.tree_unflatten(inputs, call.structure)
-
-        def outputs(p: Tensor) -> list[Tensor]:
-            leaves = pytree.tree_leaves(
-                torch.func.functional_call(module, {name: p}, args, kwargs)
-            )
+    def one(deltas: list[Tensor], examples: list[Any]) -> Any:
+        def outputs(parameter: Tensor) -> list[Tensor]:
+            split = zip(call.inputs, examples, strict=True)
+            inputs = [e[None] if call.has_batch(x) else x for x, e in split]
+            args, kwargs = pytree.tree_unflatten(inputs, call.structure)
+            out = torch.func.functional_call(call.module, {name: parameter}, args, kwargs)
+            leaves = pytree.tree_leaves(out)
             return [leaves[place] for place in call.deltas]
 
-        _, pull = torch.func.vjp(outputs, module.get_parameter(name))
+        pull = torch.func.vjp(outputs, call.module.get_parameter(name))[1]
         return pull([delta[None] for delta in deltas])[0]
 
+    deltas = [delta[part] for delta in call.deltas.values()]
+    examples = [x[part] if call.has_batch(x) else torch.empty(len(deltas[0])) for x in call.inputs]
     try:
-        return torch.func.vmap(gradient)([d[part] for d in call.deltas.values()], examples)
+        gradients: Tensor = torch.func.vmap(one)(deltas, examples)
+        return gradients
     except RuntimeError as error:
-        raise Unsupported(f"{call.label}: it cannot be differentiated per example ({error})") from error
+        raise Unsupported(f"{call.label}: its examples cannot be separated") from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,6 +20,8 @@ from unlearn.interface import Classes, Method, Need, Records, Request, Target
 from unlearn.tasks.base import Encoded, Task
 from unlearn.tasks.classification import Classification
 
+SetName = Literal["forget", "retain", "holdout", "holdout_forget"]
+
 
 @dataclass(frozen=True)
 class Sets:
@@ -30,9 +32,10 @@ class Sets:
     holdout: Encoded | None = None
     holdout_forget: Encoded | None = None
 
-    def named(self) -> dict[str, Encoded]:
+    def named(self) -> dict[SetName, Encoded]:
         """Every set that is there, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        found = {name: getattr(self, name) for name in get_args(SetName)}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,12 @@ def plan(config: RunConfig) -> Plan:
             raise BadInput(f"{config.retrained} is not of the same kind as {config.checkpoint}")
     return Plan(
         config, method, checkpoint, retrained, Sets(**_split_holdout(encoded, target)), target,
-        _device(config.device), hashes, asdict(method), hyperparameters,
+        _device(config.device), hashes, _fields(method), hyperparameters,
     )  # fmt: skip
+
+
+def _fields(method: Any) -> dict[str, Any]:
+    return {f.name: getattr(method, f.name) for f in fields(method) if f.init}
 
 
 def _check_out(out: Path) -> None:

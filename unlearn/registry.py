@@ -114,7 +114,7 @@ def hyperparameters(cls: type[Any]) -> list[Hyperparameter]:
 
     schema = TypeAdapter(cls).json_schema()
     described = schema.get("properties", {})
-    own = set(cls.__dict__.get("__annotations__", {}))
+    own = set(inspect.get_annotations(cls))
     fields = sorted(dataclasses.fields(cls), key=lambda f: f.name not in own)
     return [
         Hyperparameter(

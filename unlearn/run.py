@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import filelock
 import torch
@@ -163,10 +163,13 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
+Role = Literal["original", "unlearned", "retrained"]
+
+
 class Audit(Protocol):
     """What examines the model before and after; lives in ``unlearn.evaluations``."""
 
-    def measure(self, role: str, model: nn.Module, plan: Plan, run: Run, directory: Path) -> None:
+    def measure(self, role: Role, model: nn.Module, plan: Plan, run: Run, directory: Path) -> None:
         """Measure the original, unlearned or retrained model and keep signals in ``directory``."""
 
     def conclude(self, plan: Plan, outcome: Outcome, directory: Path) -> Any:
@@ -221,8 +224,8 @@ def execute(plan: Plan, audit: Audit | None = None, progress: Progress | None = 
 def _workplace(plan: Plan) -> Iterator[tuple[Path, bool]]:
     """The directory of the unfinished run, ours alone; removed when the run fails for a reason."""
     if plan.config.out is None:
-        with tempfile.TemporaryDirectory(prefix="unlearn-") as place:
-            yield Path(place), False
+        with tempfile.TemporaryDirectory(prefix="unlearn-") as temporary:
+            yield Path(temporary), False
         return
     out = Path(plan.config.out).absolute()
     place = out.parent / f".{out.name}.partial"
@@ -262,7 +265,7 @@ def _carry_out(plan: Plan, audit: Audit | None, progress: Progress, place: Path)
     outcome = _begin(plan, result)
     stopwatch = _Stopwatch(outcome.seconds)
 
-    def examine(role: str, model: nn.Module) -> None:
+    def examine(role: Role, model: nn.Module) -> None:
         if audit is not None:
             with stopwatch.phase(f"measure {role}"):
                 audit.measure(role, model, plan, run, result)
@@ -298,7 +301,7 @@ def _begin(plan: Plan, result: Path) -> Outcome:
         key_file.touch(mode=0o600)
         key_file.write_text(key.hex() + "\n")
     key = bytes.fromhex(key_file.read_text().strip())
-    sets = {
+    sets: dict[str, dict[str, Any]] = {
         name: {
             "n": len(value),
             "fingerprint": data.fingerprint(

@@ -46,7 +46,7 @@ class Training:
         float,
         Field(
             gt=0,
-            description="peak learning rate; papers use 1e-5 for full fine-tuning at 7B, small models need more",
+            description="peak learning rate; papers use 1e-5 at 7B, small models need more",
         ),
     ] = 1e-4
     epochs: Annotated[
@@ -93,7 +93,7 @@ class Training:
         float,
         Field(
             gt=1,
-            description="collapse guard: stop when a batch's loss per unit exceeds this many times that of guessing",
+            description="collapse guard: largest loss per unit, in multiples of guessing",
         ),
     ] = 10.0
 
@@ -195,7 +195,7 @@ def descend(
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _factor(settings, step, steps)
             optimizer.zero_grad()
-            numbers = {}
+            numbers: dict[str, float] = {}
             for term, batches in zip(terms, plan, strict=True):
                 if term.weight:
                     numbers |= _accumulate(

@@ -1,5 +1,4 @@
-"""Fine-tuning on the retain set: hope that the rest fades (Warnecke et al. 2021, arXiv 2108.11577;
-the usual "FT" baseline).
+"""Fine-tuning on the retain set: the field's "FT" baseline, hoping that the rest fades.
 
     min  mean NLL(retain)
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -150,7 +151,7 @@ class SSD:
                 for indices in run.batches(examples, f"importances of {name}", self.batch_size):
                     batch = examples.batch(indices, run.device)
                     found = squared_gradients(
-                        model, lambda batch=batch: run.task.nll(model, batch), parameters
+                        model, partial(run.task.nll, model, batch), parameters
                     )
                     for key, value in found.items():
                         sums[key] += value

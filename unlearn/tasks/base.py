@@ -226,6 +226,6 @@ class _Evaluating:
         self.no_grad.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        self.no_grad.__exit__(*error)  # type: ignore[arg-type]
+        self.no_grad.__exit__(*error)
         for module, training in self.modes.items():
             module.training = training

@@ -187,14 +187,14 @@ class CausalLM(Task):
             Unsupported: the model does more to its logits than that layer.
         """
         head = self.output_layer(model)
-        weight = head.weight.detach().clone()  # type: ignore[union-attr, operator]
-        bias = head.bias.detach().clone() if getattr(head, "bias", None) is not None else None  # type: ignore[union-attr, operator]
+        kept = {name: p.detach().clone() for name, p in head.named_parameters()}
 
         def logits(hidden: Tensor) -> Tensor:
-            return nn.functional.linear(hidden, weight, bias)
+            return nn.functional.linear(hidden, kept["weight"], kept.get("bias"))
 
         probe = self.collate([self._encoding([self.pad], [self.pad, self.pad])])
-        probe = {key: value.to(weight.device) for key, value in probe.items()}
+        device = next(head.parameters()).device
+        probe = {key: value.to(device) for key, value in probe.items()}
         with torch.no_grad():
             whole = self.predictions(model, probe).logits
             if not torch.allclose(logits(self.compact(model, probe)), whole, atol=1e-4):

@@ -66,7 +66,8 @@ class Classification(Task):
         """Missing fields, labels out of range, inputs that are not what they claim to be."""
         kind = _kind(row)
         if kind is None or "label" not in row:
-            return f"it has the fields {', '.join(row)}; give image/label, text/label or features/label"
+            wanted = ", ".join(f"{kind}/label" for kind in KINDS)
+            return f"it has the fields {', '.join(row)}; give {wanted}"
         try:
             self.label_index(row["label"])
         except BadInput as error:
@@ -188,10 +189,8 @@ def _kind(row: Row) -> str | None:
 
 def _forward(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {k: v for k, v in batch.items() if k not in {"labels", "units", "index"}}
-    if hasattr(model, "config"):
-        output = model(**inputs)
-    else:
-        output = model(*inputs.values())
+    named = hasattr(model, "config")  # transformers models take keywords, others one input
+    output = model(**inputs) if named else model(*inputs.values())
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits
 

@@ -1,0 +1,5 @@
+"""`python -m unlearn`, the same as the console script."""
+
+from unlearn.cli.main import main
+
+main()
