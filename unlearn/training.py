@@ -71,11 +71,11 @@ class Training:
     schedule: Annotated[
         Literal["linear", "cosine", "constant"],
         Field(description="learning rate after the warm-up"),
-    ] = "linear"
+    ] = "constant"
     warmup: Annotated[
         float,
         Field(ge=0, le=1, description="share of the steps over which the learning rate rises"),
-    ] = 0.1
+    ] = 0.0
     max_grad_norm: Annotated[
         float, Field(gt=0, description="gradients are clipped to this norm")
     ] = 1.0
@@ -189,7 +189,8 @@ def descend(
     ) as moved:  # fmt: skip
         torch.manual_seed(run.seed_of("dropout"))
         optimizer = _optimizer(moved, settings)
-        kept = _Kept(run, moved, optimizer)
+        guard = _Guard(settings, run)
+        kept = _Kept(run, moved, optimizer, guard)
         started = time.monotonic()
         for step in range(kept.restore(), steps):
             for group in optimizer.param_groups:
@@ -201,7 +202,7 @@ def descend(
                     numbers |= _accumulate(
                         accelerator, moved.model, term, batches[step], settings, run
                     )
-                    _guard(numbers, term, settings, run, step)
+                    guard.check(numbers, term.name, step)
             norm = accelerator.clip_grad_norm_(
                 list(moved.parameters.values()), settings.max_grad_norm
             )
@@ -242,16 +243,26 @@ def _accumulate(
     return {f"{term.name}_loss": loss_sum, f"{term.name}_nll": nll_sum / units}
 
 
-def _guard(numbers: dict[str, float], term: Term, settings: Training, run: Run, step: int) -> None:
-    loss, nll = numbers[f"{term.name}_loss"], numbers[f"{term.name}_nll"]
-    limit = settings.max_loss * run.task.chance()
-    if not (math.isfinite(loss) and math.isfinite(nll)):
-        raise Collapsed(_collapse(step, f"the {term.name} loss is not finite"))
-    if nll > limit:
-        raise Collapsed(
-            _collapse(step, f"the {term.name} loss reached {nll:.1f} nats per unit, more than "
-                      f"{settings.max_loss:g} times that of guessing ({limit:.1f})")
-        )  # fmt: skip
+class _Guard:
+    """Stops a run whose model is being destroyed.
+
+    A loss may reach ``max_loss`` times that of guessing, or as many times its first value where
+    that is higher (wrong labels start out very unlikely).
+    """
+
+    def __init__(self, settings: Training, run: Run) -> None:
+        self.settings, self.chance = settings, run.task.chance()
+        self.first: dict[str, float] = {}
+
+    def check(self, numbers: dict[str, float], name: str, step: int) -> None:
+        """Look at the losses of one term after its forward passes."""
+        loss, nll = numbers[f"{name}_loss"], numbers[f"{name}_nll"]
+        if not (math.isfinite(loss) and math.isfinite(nll)):
+            raise Collapsed(_collapse(step, f"the {name} loss is not finite"))
+        limit = self.settings.max_loss * max(self.chance, self.first.setdefault(name, nll))
+        if nll > limit:
+            what = f"the {name} loss reached {nll:.1f} nats per unit, and the limit is {limit:.1f}"
+            raise Collapsed(_collapse(step, f"{what} (max_loss times that of guessing)"))
 
 
 def _collapse(step: int, what: str) -> str:
@@ -267,7 +278,7 @@ def _factor(settings: Training, step: int, steps: int) -> float:
     if step + 1 < rising:
         return (step + 1) / rising
     left = (steps - step) / max(1.0, steps - rising + 1)
-    if settings.schedule == "linear":
+    if settings.schedule == "constant":
         return min(1.0, left)
     if settings.schedule == "cosine":
         return 0.5 * (1 - math.cos(math.pi * min(1.0, left)))
@@ -293,8 +304,10 @@ def _accelerator(precision: str, device: torch.device) -> Accelerator:
 class _Kept:
     """Unfinished training on disk, so that a killed run goes on to the same weights."""
 
-    def __init__(self, run: Run, moved: Moving, optimizer: torch.optim.Optimizer) -> None:
-        self.run, self.moved, self.optimizer = run, moved, optimizer
+    def __init__(
+        self, run: Run, moved: Moving, optimizer: torch.optim.Optimizer, guard: _Guard
+    ) -> None:
+        self.run, self.moved, self.optimizer, self.guard = run, moved, optimizer, guard
         self.saved = time.monotonic()
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -322,7 +335,7 @@ class _Kept:
         if self.run.device.type == "cuda":
             moments["rng_cuda"] = torch.cuda.get_rng_state(self.run.device)
         save_file(moments, new / "optimizer.safetensors")
-        (new / "step.json").write_text(json.dumps({"step": step}))
+        (new / "step.json").write_text(json.dumps({"step": step, "first": self.guard.first}))
         new.rename(self.run.work / f"training-{step:09d}")
         for older in self._all()[:-1]:
             shutil.rmtree(older)
@@ -350,6 +363,8 @@ class _Kept:
             state.setdefault(int(index), {})[key] = value
         full = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**full, "state": state})
-        step: int = json.loads((kept[-1] / "step.json").read_text())["step"]
+        progress = json.loads((kept[-1] / "step.json").read_text())
+        self.guard.first = progress["first"]
+        step: int = progress["step"]
         self.run.log("resumed", step=step)
         return step

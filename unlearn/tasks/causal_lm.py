@@ -257,7 +257,7 @@ def _gathered(head: nn.Module, positions: Tensor) -> Iterator[None]:
         index = positions[..., None].expand(-1, -1, hidden.shape[-1])
         return (hidden.gather(1, index), *args[1:])
 
-    handle = head.register_forward_pre_hook(gather)
+    handle = head.register_forward_pre_hook(gather, prepend=True)  # others see the result
     try:
         yield
     finally:

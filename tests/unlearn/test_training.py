@@ -1,0 +1,206 @@
+"""The gradient loop: what is averaged, what is skipped, what is guarded, what is kept."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from unlearn import demo, training
+from unlearn.data import load
+from unlearn.errors import BadInput, Collapsed
+from unlearn.interface import Records, Request, Subject
+from unlearn.methods.grad_diff import GradDiff
+from unlearn.methods.npo import NPO
+from unlearn.reference import ReferenceLogits, reference_nll
+from unlearn.run import Run
+from unlearn.tasks.base import Encoded
+from unlearn.tasks.causal_lm import CausalLM
+from unlearn.training import Term, Training, ascent, descend, likelihood, schedule
+
+WORLD = demo.people(seed=1, forget=1, retain=3, holdout=1)
+
+
+def start() -> tuple[Subject, Request, Run]:
+    """A tiny float64 language model and a request."""
+    subject = demo.tiny_llama([*WORLD.forget, *WORLD.retain], width=32, depth=2)
+    subject.model.double()
+    task = CausalLM(subject.processor, subject.model.config.vocab_size, 128)
+    forget = Encoded(load(WORLD.forget, "forget"), task)
+    retain = Encoded(load(WORLD.retain, "retain"), task)
+    return subject, Request(Records(len(forget)), forget, retain), Run(task)
+
+
+def weights(subject: Subject) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in subject.model.named_parameters()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 0.0) -> bool:
+    return all(torch.allclose(one[n], other[n], atol=atol, rtol=0) for n in one)
+
+
+@pytest.mark.parametrize("method", [GradDiff, NPO])
+def test_micro_batches_do_not_change_the_result(method: type[Training]) -> None:
+    results = []
+    for micro in (1, 3, 8):
+        subject, request, run = start()
+        settings = method(epochs=2, batch_size=8, micro_batch_size=micro, lr=1e-3)
+        results.append(weights(settings.unlearn(subject, request, run)))
+    assert same(results[0], results[1], 1e-9)
+    assert same(results[0], results[2], 1e-9)
+
+
+def test_cached_reference_equals_a_live_second_model() -> None:
+    subject, request, run = start()
+    forget = request.forget_set()
+    live = copy.deepcopy(subject.model).eval()
+    cached = reference_nll(subject.model, forget, run)
+    for p in subject.model.parameters():  # whatever happens afterwards
+        p.data.mul_(1.5)
+    for indices in ([3, 0], [5, 2, 7]):
+        batch = forget.batch(indices)
+        assert torch.allclose(cached[batch["index"]], run.task.nll(live, batch), atol=1e-12)
+
+
+def test_cached_reference_logits_equal_a_live_second_model() -> None:
+    subject, request, run = start()
+    retain = request.retain_set()
+    live = copy.deepcopy(subject.model).eval()
+    cached = ReferenceLogits(subject.model, retain, [9, 1, 4, 9], run)
+    for p in subject.model.parameters():
+        p.data.mul_(1.5)
+    batch = retain.batch([4, 9])
+    wanted = run.task.predictions(live, batch)
+    real = (wanted.labels != -100)[..., None]
+    assert torch.allclose(cached(batch) * real, wanted.logits * real, atol=1e-12)
+
+
+def test_npo_never_copies_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, request, run = start()
+    original = copy.deepcopy
+
+    def deepcopy(value: object, *rest: object) -> object:
+        assert not isinstance(value, torch.nn.Module), "a second model was made"
+        return original(value, *rest)
+
+    monkeypatch.setattr(copy, "deepcopy", deepcopy)
+    NPO(epochs=1, retention="kl").unlearn(subject, request, run)
+
+
+def test_a_term_of_weight_zero_costs_no_forward() -> None:
+    subject, request, run = start()
+    calls = []
+    subject.model.register_forward_hook(lambda *_: calls.append(1))
+    settings = Training(epochs=1, batch_size=8, micro_batch_size=8)
+    held = Term("retain", request.retain_set(), likelihood, "unit", weight=0.0)
+    descend(subject, [Term("forget", request.forget_set(), ascent, "unit"), held], settings, run)
+    assert len(calls) == 1
+
+
+def test_the_two_graphs_are_never_alive_together() -> None:
+    """Backward of the forget term comes before forward of the retain term."""
+    subject, request, run = start()
+    events = []
+    subject.model.register_forward_hook(lambda *_: events.append("forward"))
+    next(subject.model.parameters()).register_post_accumulate_grad_hook(
+        lambda _: events.append("backward")
+    )
+    GradDiff(epochs=1, batch_size=8, micro_batch_size=8).unlearn(subject, request, run)
+    assert events == ["forward", "backward"] * 2
+
+
+def test_schedule_covers_every_example_and_depends_on_the_seed_alone() -> None:
+    run = Run(task=None, seed=3)  # type: ignore[arg-type]
+    settings = Training(epochs=2, batch_size=4)
+    first = schedule(settings, [10, 25], run)
+    assert first == schedule(settings, [10, 25], run)
+    assert first != schedule(settings, [10, 25], Run(task=None, seed=4))  # type: ignore[arg-type]
+    assert sorted(i for batch in first[0] for i in batch) == sorted(2 * list(range(10)))
+    assert len(first[0]) == len(first[1]) == 6
+
+
+@pytest.mark.parametrize("scope", ["head", "layers.1.mlp", "lora"])
+def test_scope_moves_nothing_else(scope: str) -> None:
+    pytest.importorskip("peft") if scope == "lora" else None
+    subject, request, run = start()
+    before = weights(subject)
+    names = set(subject.model.state_dict())
+    GradDiff(epochs=1, scope=scope, lr=1e-2).unlearn(subject, request, run)
+    after = weights(subject)
+    assert set(subject.model.state_dict()) == names
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    allowed = {
+        "head": lambda n: n == "model.embed_tokens.weight",  # tied to the output
+        "layers.1.mlp": lambda n: "layers.1.mlp" in n,
+        "lora": lambda n: "proj" in n,
+    }[scope]
+    assert moved
+    assert all(allowed(name) for name in moved)
+    assert all(p.requires_grad for p in subject.model.parameters())
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    subject, request, run = start()
+    with pytest.raises(BadInput, match="matches no parameter"):
+        GradDiff(scope="no such layer").unlearn(subject, request, run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 1e8, "epochs": 5}, "collapsed at step"),
+        ({"lr": 0.5, "epochs": 20, "max_loss": 1.01}, "and the limit is"),
+    ],
+)
+def test_collapse_is_caught(settings: dict[str, float], message: str) -> None:
+    subject, request, run = start()
+    with pytest.raises(Collapsed, match=message):
+        GradDiff(**settings).unlearn(subject, request, run)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, optimizer: str) -> None:
+    settings = GradDiff(epochs=4, batch_size=4, lr=1e-3, optimizer=optimizer)
+    subject, request, _ = start()
+    whole = weights(settings.unlearn(subject, request, Run(subject_task(subject))))
+
+    class StopAt:
+        def advance(self, phase: str, done: int, total: int, numbers: object) -> None:
+            if phase == "unlearn" and done == 5:
+                raise Stopped
+
+        def say(self, sentence: str) -> None: ...
+
+    subject, request, _ = start()
+    with pytest.raises(Stopped):
+        run = Run(subject_task(subject), work=tmp_path, save_every=0.0, progress=StopAt())
+        settings.unlearn(subject, request, run)
+    subject, request, _ = start()
+    run = Run(subject_task(subject), work=tmp_path, save_every=0.0)
+    calls = []
+    subject.model.register_forward_hook(lambda *_: calls.append(1))
+    resumed = weights(settings.unlearn(subject, request, run))
+    assert same(whole, resumed)
+    assert len(calls) == 2 * (8 - 4)  # two terms, steps 5 to 8
+    assert not list(tmp_path.glob("*.new"))
+
+
+def subject_task(subject: Subject) -> CausalLM:
+    return CausalLM(subject.processor, subject.model.config.vocab_size, 128)
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    settings = Training(warmup=0.25, schedule="linear")
+    factors = [training._factor(settings, step, 20) for step in range(20)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert factors[-1] > 0
+    assert {training._factor(Training(warmup=0, schedule="constant"), s, 9) for s in range(9)} == {
+        1
+    }
