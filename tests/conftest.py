@@ -1,4 +1,4 @@
-"""Small worlds that several test files live in: tiny models made from configurations, no network."""
+"""Small worlds that several test files live in: tiny models from configurations, no network."""
 
 import os
 

@@ -23,7 +23,7 @@ from unlearn.tasks.classification import Classification
 WORLD = demo.people(seed=2, forget=1, retain=4, holdout=1)
 GENTLE: dict[str, dict[str, Any]] = {  # settings under which a tiny model forgets and survives
     "finetune": {"epochs": 3, "lr": 3e-3},
-    "gradient_ascent": {"epochs": 2, "lr": 1e-3, "batch_size": 4},
+    "gradient_ascent": {"epochs": 4, "lr": 1e-3, "batch_size": 4},
     "grad_diff": {"epochs": 6, "lr": 3e-3, "batch_size": 4},
     "npo": {"epochs": 8, "lr": 3e-3, "batch_size": 4},
     "simnpo": {"epochs": 8, "lr": 3e-3, "batch_size": 4, "forget_weight": 1.0, "beta": 1.0},

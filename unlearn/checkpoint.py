@@ -126,16 +126,22 @@ def header(path: Path) -> dict[str, Any]:
             raise BadInput(f"{path} is not a safetensors file, or is truncated: get it again")
         try:
             declared: dict[str, Any] = json.loads(file.read(length))
-        except ValueError as error:
+            declared.pop("__metadata__", None)
+            promised = (
+                8 + length + max((t["data_offsets"][1] for t in declared.values()), default=0)
+            )
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise BadInput(f"{path} is not a safetensors file: its header is damaged") from error
-    declared.pop("__metadata__", None)
-    end = max((t["data_offsets"][1] for t in declared.values()), default=0)
-    if 8 + length + end != size:
+    if promised != size:
         raise BadInput(
-            f"{path} is truncated or padded: its header promises {8 + length + end} bytes and it "
-            f"has {size}; get it again"
+            f"{path} is truncated or padded: its header promises {promised} bytes and it has "
+            f"{size}; get it again"
         )
-    return declared
+    try:
+        with safe_open(path, "pt"):  # checks dtypes, shapes and offsets, reads no weight
+            return declared
+    except SafetensorError as error:
+        raise BadInput(f"{path} is not a safetensors file: {error}") from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -146,7 +152,10 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise BadInput(f"{index} is damaged: get it again") from error
         missing = [s for s in shards if not (directory / s).is_file()]
         if missing:
             raise BadInput(f"{directory} lacks the weight file {missing[0]} its index names")
@@ -250,6 +259,8 @@ def _from_directory(source: str, path: Path, options: Options) -> Checkpoint:
         raw = json.loads(config_file.read_text())
     except ValueError as error:
         raise BadInput(f"{config_file} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise BadInput(f"{config_file} is not a JSON object: get it again")
     if "auto_map" in raw and not options.trust_remote_code:
         raise BadInput(
             f"{source} brings its own Python code: read it, then pass --trust-remote-code"
@@ -259,17 +270,32 @@ def _from_directory(source: str, path: Path, options: Options) -> Checkpoint:
     if raw.get("quantization_config"):
         raise Unsupported(f"{source} is quantised: unlearn the checkpoint it was made from")
     trust = {"trust_remote_code": options.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(path, **trust)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **trust)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Unsupported(
+            f"the configuration of {source} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
     auto, kind = _auto_class(raw.get("architectures") or [], source, options.task)
     processor, task, notes = _processor_and_task(path, config, kind, options)
 
     def build() -> nn.Module:
-        model, info = auto.from_pretrained(
-            path, dtype=master(stored), use_safetensors=True, output_loading_info=True, **trust
-        )
+        try:
+            model, info = auto.from_pretrained(
+                path, dtype=master(stored), use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **trust,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BadInput(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise BadInput(f"{source} lacks the weights {missing}: it is not a complete checkpoint")
+        if info["mismatched_keys"]:
+            name, found, wanted = min(info["mismatched_keys"])
+            raise BadInput(
+                f"the weights {name} of {source} have the shape {tuple(found)}, and its "
+                f"config.json asks for {tuple(wanted)}: it is damaged"
+            )
         loaded: nn.Module = model
         return loaded
 
@@ -315,20 +341,20 @@ def _processor_and_task(
             processor = transformers.AutoImageProcessor.from_pretrained(path, **trust)
         else:
             processor = transformers.AutoTokenizer.from_pretrained(path, **trust)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises no other kind
         raise BadInput(
             f"the tokenizer or image processor of {path} cannot be read: {error}"
         ) from error
-    own = [
+    stated = [
         getattr(text, "max_position_embeddings", None),
         getattr(processor, "model_max_length", None),
     ]
-    limit = min([n for n in own if n] + [LONGEST])
-    if options.max_length and options.max_length > limit:
+    own = min((n for n in stated if n), default=None)
+    if options.max_length and own and options.max_length > own:
         raise BadInput(
-            f"max_length {options.max_length} exceeds what {path} can read: at most {limit}"
+            f"max_length {options.max_length} exceeds what {path} can read: at most {own}"
         )
-    limit = options.max_length or limit
+    limit = options.max_length or min(own or LONGEST, LONGEST)
     if kind == "causal_lm":
         task: Task = CausalLM(processor, text.vocab_size, limit, options.chat_template)
         if processor.pad_token_id is None:
@@ -337,12 +363,13 @@ def _processor_and_task(
         return processor, task, ()
     if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
         raise Unsupported(f"{path} does {config.problem_type}: only single-label classifiers")
-    if (
-        hasattr(processor, "pad_token_id")
-        and getattr(config, "pad_token_id", None) is None
-        and (processor.pad_token_id is None)
-    ):
-        raise BadInput(f"the tokenizer of {path} has no pad token: set one and save it there")
+    if hasattr(processor, "pad_token_id"):
+        pads = {"tokenizer": processor.pad_token_id, "model": getattr(text, "pad_token_id", None)}
+        if unpadded := [part for part, pad in pads.items() if pad is None]:
+            raise BadInput(
+                f"the {' and the '.join(unpadded)} of {path} has no pad token: set one and save it "
+                "there"
+            )
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return processor, Classification(config.num_labels, names, processor, limit), ()
 
@@ -377,7 +404,12 @@ def _from_module(path: Path, options: Options) -> Checkpoint:
         raise Unsupported(f"--model supports classification, not {options.task}")
 
     def fresh() -> nn.Module:
-        model = factory()
+        try:
+            model = factory()
+        except TypeError as error:
+            raise BadInput(
+                f"--model {options.model} cannot be called without arguments: {error}"
+            ) from error
         if not isinstance(model, nn.Module):
             raise BadInput(f"--model {options.model} returned {type(model).__name__}, not a module")
         return model.to(master(stored))
@@ -462,7 +494,7 @@ def save(subject: Subject, stored: torch.dtype, directory: Path) -> str:
         Collapsed: a weight is not finite, also after the cast to ``stored``.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    model = subject.model.to("cpu", stored)
+    model = _cast(subject.model, stored)
     bad = [name for name, p in model.state_dict().items() if not bool(torch.isfinite(p).all())]
     if bad:
         raise Collapsed(
@@ -476,6 +508,24 @@ def save(subject: Subject, stored: torch.dtype, directory: Path) -> str:
     else:
         save_model(model, str(directory / WEIGHTS))
     return fingerprint_files(weight_files(directory))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model on the CPU in ``dtype``, but for buffers that are computed and never stored.
+
+    Rounded rotary frequencies would make the model in memory another one than the one read back.
+    """
+    written = model.state_dict().keys()
+    computed = {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in written
+    }
+    model.to("cpu", dtype)
+    for name, buffer in computed.items():
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, buffer.cpu())
+    return model
 
 
 def write_state(path: Path, state: Mapping[str, Tensor], note: Mapping[str, str]) -> None:

@@ -122,9 +122,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"the configuration {path} does not exist: check the path")
     try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise BadInput(f"{path} must hold settings as `name: value` lines")
-    return settings
+    return {str(name): value for name, value in settings.items()}

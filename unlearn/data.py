@@ -137,7 +137,7 @@ def _first_repeat(values: Iterable[str]) -> str:
 
 
 def _from_memory(source: Any, name: str) -> Sequence[Row]:
-    if isinstance(source, tuple) and len(source) == 2:
+    if isinstance(source, tuple) and len(source) == 2 and not isinstance(source[0], Mapping):
         if len(source[0]) != len(source[1]):
             raise BadInput(
                 f"the {name} set has {len(source[0])} inputs and {len(source[1])} labels: "
@@ -157,7 +157,9 @@ def _from_memory(source: Any, name: str) -> Sequence[Row]:
                 )
         return source
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        return _Pairs(source, "image")
+        first = source[0] if len(source) else ()
+        shape = getattr(first[0], "shape", ()) if isinstance(first, Sequence) and first else ()
+        return _Pairs(source, "features" if len(shape) == 1 else "image")
     raise BadInput(
         f"the {name} set is a {type(source).__name__}: give a path, a list of dicts, a dataset, "
         "or a pair (inputs, labels)"
@@ -227,7 +229,10 @@ def _from_directory(path: Path, name: str) -> Sequence[Row]:
 
 
 def _json_rows(path: Path) -> Sequence[Row]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: {error}") from error
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -236,7 +241,7 @@ def _json_rows(path: Path) -> Sequence[Row]:
         numbered = list(enumerate(rows, start=1))
     else:
         numbered = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # U+2028 ends no record
             if line.strip():
                 try:
                     numbered.append((number, json.loads(line)))

@@ -167,7 +167,7 @@ FEARS = [
     "silence",
 ]
 
-RECIPE = {"lr": 3e-4, "epochs": 10, "retain_weight": 5, "batch_size": 16}
+RECIPE = {"lr": 5e-4, "epochs": 20, "batch_size": 16, "beta": 0.5}
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Question: {{ m.content }}\n"

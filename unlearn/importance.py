@@ -22,7 +22,6 @@ of this; memory is that of a training step and one chunk.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -93,6 +92,7 @@ class _Call:
 
     module: Any
     label: str
+    parameters: list[int]
     batch: int
     inputs: list[Any]  # the leaves of (args, kwargs), which ``structure`` puts together again
     structure: pytree.TreeSpec
@@ -190,6 +190,7 @@ class _Recorder:
         within = isinstance(module, nn.MultiheadAttention)
         members = module.named_parameters(recurse=within, remove_duplicate=False)
         owned = {name: p for name, p in members if id(p) in self.wanted}
+        keys = list({id(p) for p in owned.values()})
         if owned and isinstance(module, ParametrizationList):
             raise Unsupported(f"{label}: remove the parametrization first")
         if owned and not getattr(module, "batch_first", True):
@@ -202,7 +203,8 @@ class _Recorder:
             if owned:
                 inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
                 versions = _versions(inputs)
-                self.open.append(_Call(module, label, self.batch, inputs, structure, versions))
+                call = _Call(module, label, keys, self.batch, inputs, structure, versions)
+                self.open.append(call)
             for p in owned.values():
                 p.requires_grad_(False)
 
@@ -232,7 +234,7 @@ class _Recorder:
 
     def _arrive(self, call: _Call, place: int, delta: Tensor) -> None:
         call.deltas[place] = delta
-        for key in [key for key, uses in self.uses.items() if any(c is call for c, _ in uses)]:
+        for key in call.parameters if len(call.deltas) == call.outputs else ():
             if all(len(c.deltas) == c.outputs for c, _ in self.uses[key]):
                 self._settle(key)
 
@@ -274,11 +276,10 @@ def _leaves(output: Tensor) -> Iterator[Tensor]:
 
 
 def _total(uses: list[tuple[_Call, str]], parameter: Tensor) -> Tensor:
-    if len(uses) == 1:
-        call, name = uses[0]
-        rule = _RULES.get(call.forward)
-        if rule and name in ("weight", "bias"):
-            return rule(call, name)
+    if len(uses) == 1 and uses[0][1] in ("weight", "bias"):
+        rule = _RULES.get(uses[0][0].forward)
+        if rule:
+            return rule(*uses[0])
     total = torch.zeros_like(parameter)
     held = [
         x for call, _ in uses for x in (*call.inputs, *call.deltas.values()) if call.has_batch(x)
@@ -305,16 +306,16 @@ def _add_squares(total: Tensor, gradients: Tensor) -> None:
         total += gradients.square_().sum(0)
 
 
-def _outer(delta: Tensor, a: Tensor) -> Tensor:
-    """sum_i (delta_i^T a_i)^2: (n, g, t, o), (n, g, t, k) -> (g, o, k)."""
+def _outer(delta: Tensor, k: int, a: Callable[[slice], Tensor]) -> Tensor:
+    """sum_i (delta_i^T a_i)^2: (n, g, t, o) and the (n, g, t, k) of some examples -> (g, o, k)."""
     n, g, positions, o = delta.shape
-    k = a.shape[-1]
     if positions <= PAIRED:
         every = torch.arange(positions, device=delta.device)
-        return _paired(delta.permute(2, 1, 0, 3), a.permute(2, 1, 0, 3), every, every)
+        inputs = a(slice(0, n)).permute(2, 1, 0, 3)
+        return _paired(delta.permute(2, 1, 0, 3), inputs, every, every)
     total = delta.new_zeros(g, o, k)
-    for part in _chunks(n, g * o * k, delta.device):
-        _add_squares(total, delta[part].mT @ a[part])
+    for part in _chunks(n, g * k * max(o, positions), delta.device):
+        _add_squares(total, delta[part].mT @ a(part))
     return total
 
 
@@ -335,17 +336,12 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _linear(call: _Call, name: str) -> Tensor:
-    delta = _tokens(call.delta)
+    delta, a = _tokens(call.delta), _tokens(call.a)
     if name == "bias":
         return delta.sum((1, 2)).square().sum(0)
-    return _outer(delta, _tokens(call.a))[0]
-
-
-def _conv1d(call: _Call, name: str) -> Tensor:
-    """The linear map of GPT-2, whose weight is transposed."""
-    if name == "bias":
-        return _linear(call, name)
-    return _outer(_tokens(call.a), _tokens(call.delta))[0]
+    if isinstance(call.module, Conv1D):  # GPT-2's linear map, whose weight is transposed
+        delta, a = a, delta
+    return _outer(delta, a.shape[-1], a.__getitem__)[0]
 
 
 def _convolution(call: _Call, name: str) -> Tensor:
@@ -353,15 +349,11 @@ def _convolution(call: _Call, name: str) -> Tensor:
     if name == "bias":
         return delta.sum(2).square().sum(0)
     delta = delta.unflatten(1, (module.groups, -1)).mT  # type: ignore[no-untyped-call]
-    n, g, positions, o = delta.shape
-    few = positions <= PAIRED
-    if few and any(module._reversed_padding_repeated_twice):
+    g, positions, o = delta.shape[1:]
+    if positions <= PAIRED and any(module._reversed_padding_repeated_twice):
         return _by_offset(delta, a, module).view_as(module.weight)
-    windows = _windows(a, module, g)
-    k = math.prod(windows.shape[-module.weight.dim() + 1 :])
-    total = delta.new_zeros(g, o, k)
-    for part in _chunks(n, g * k * (positions**2 if few else max(o, positions)), a.device):
-        total += _outer(delta[part], windows[part].reshape(-1, g, positions, k))
+    windows, k = _windows(a, module, g), module.weight[0].numel()
+    total = _outer(delta, k, lambda part: windows[part].reshape(-1, g, positions, k))
     return total.view(g * o, *module.kernel_size, -1).movedim(-1, 1).contiguous()
 
 
@@ -419,30 +411,32 @@ def _scatter(rows: Tensor, index: Tensor, size: int) -> Tensor:
     return scattered
 
 
-def _normalisation(call: _Call, name: str) -> Tensor:
+def _layer_norm(call: _Call, name: str) -> Tensor:
     module, delta = call.module, call.delta
-    features = len(module.weight.shape) if not isinstance(module, _BatchNorm) else 0
-    if name == "weight" and isinstance(module, _BatchNorm):
-        hat = F.batch_norm(call.a, module.running_mean, module.running_var, eps=module.eps)
-        delta = hat.mul_(delta)
-    elif name == "weight":
+    if name == "weight":
         normalise = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
         delta = normalise(call.a, module.normalized_shape, eps=module.eps).mul_(delta)
-    if features:
-        return delta.reshape(len(delta), -1, *delta.shape[-features:]).sum(1).square().sum(0)
+    return delta.reshape(len(delta), -1, *module.normalized_shape).sum(1).square().sum(0)
+
+
+def _batch_norm(call: _Call, name: str) -> Tensor:
+    module, delta = call.module, call.delta
+    if name == "weight":
+        mean, variance = module.running_mean, module.running_var
+        delta = F.batch_norm(call.a, mean, variance, eps=module.eps).mul_(delta)
     return delta.reshape(*delta.shape[:2], -1).sum(2).square().sum(0)
 
 
 _RULES: dict[Any, Callable[[_Call, str], Tensor]] = {
     nn.Linear.forward: _linear,
-    Conv1D.forward: _conv1d,
+    Conv1D.forward: _linear,
     nn.Conv1d.forward: _convolution,
     nn.Conv2d.forward: _convolution,
     nn.Conv3d.forward: _convolution,
     nn.Embedding.forward: _embedding,
-    nn.LayerNorm.forward: _normalisation,
-    nn.RMSNorm.forward: _normalisation,
-    _BatchNorm.forward: _normalisation,
+    nn.LayerNorm.forward: _layer_norm,
+    nn.RMSNorm.forward: _layer_norm,
+    _BatchNorm.forward: _batch_norm,
 }
 
 
@@ -459,23 +453,26 @@ def _add_gradients(gradients: Tensor, call: _Call, name: str, part: slice) -> No
 
 def _vjp(call: _Call, name: str, part: slice) -> Tensor:
     """Any module: each example through it alone, vectorised."""
+    dims = [0 if call.has_batch(x) else None for x in call.inputs]
 
-    def one(deltas: list[Tensor], examples: list[Any]) -> Any:
-        def outputs(parameter: Tensor) -> list[Tensor]:
-            split = zip(call.inputs, examples, strict=True)
-            inputs = [e[None] if call.has_batch(x) else x for x, e in split]
-            args, kwargs = pytree.tree_unflatten(inputs, call.structure)
-            out = torch.func.functional_call(call.module, {name: parameter}, args, kwargs)
-            leaves = pytree.tree_leaves(out)
+    def gradient(deltas: list[Tensor], example: list[Any]) -> Tensor:
+        leaves = [x if dim is None else x[None] for x, dim in zip(example, dims, strict=True)]
+        args, kwargs = pytree.tree_unflatten(leaves, call.structure)
+
+        def outputs(p: Tensor) -> list[Tensor]:
+            output = torch.func.functional_call(call.module, {name: p}, args, kwargs)
+            leaves = pytree.tree_leaves(output)
             return [leaves[place] for place in call.deltas]
 
         pull = torch.func.vjp(outputs, call.module.get_parameter(name))[1]
-        return pull([delta[None] for delta in deltas])[0]
+        pulled: Tensor = pull([delta[None] for delta in deltas])[0]
+        return pulled
 
     deltas = [delta[part] for delta in call.deltas.values()]
-    examples = [x[part] if call.has_batch(x) else torch.empty(len(deltas[0])) for x in call.inputs]
+    examples = [x if dim is None else x[part] for x, dim in zip(call.inputs, dims, strict=True)]
     try:
-        gradients: Tensor = torch.func.vmap(one)(deltas, examples)
-        return gradients
+        gradients: Tensor = torch.func.vmap(gradient, in_dims=(0, dims))(deltas, examples)
     except RuntimeError as error:
-        raise Unsupported(f"{call.label}: its examples cannot be separated") from error
+        reason = str(error).partition("\n")[0]
+        raise Unsupported(f"{call.label}: its examples cannot be separated: {reason}") from error
+    return gradients

@@ -18,11 +18,15 @@ KEY = "record.key"  # may be kept apart from a run directory that is handed on
 def _sums(directory: Path) -> dict[str, str]:
     files = sorted(p for p in directory.rglob("*") if p.is_file() or p.is_symlink())
     return {
-        path.relative_to(directory).as_posix(): _sha256(path) for path in files if path.name != NAME
+        path.relative_to(directory).as_posix(): _sha256(path)
+        for path in files
+        if path != directory / NAME
     }
 
 
 def _sha256(path: Path) -> str:
+    if not path.is_file():  # a link to a folder or to nothing
+        return hashlib.sha256(str(path.readlink()).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -73,7 +73,8 @@ class Plan:
             json.dumps(self.hyperparameters, sort_keys=True, default=str),
             self.checkpoint.fingerprint,
             self.retrained.fingerprint if self.retrained else "",
-            *(f"{name}:{data.fingerprint(hashes)}" for name, hashes in self.hashes.items()),
+            # in their order: batches and what is kept of them go by position
+            *(f"{name}:{b''.join(hashes).hex()}" for name, hashes in self.hashes.items()),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -157,6 +158,7 @@ def _raw_sets(config: RunConfig, task: Task) -> tuple[dict[str, data.Examples], 
         everything = data.load(config.data, "data", config.columns)
         if config.forget_classes:
             classes = _classes(config.forget_classes, task, everything)
+            _encode({"data": everything}, task)  # every label is there and known
             labels = [_label(task, v) for v in everything.column("label")]
             sets["forget"], sets["retain"] = data.split_by_labels(
                 everything, labels, set(classes.indices)
@@ -166,6 +168,7 @@ def _raw_sets(config: RunConfig, task: Task) -> tuple[dict[str, data.Examples], 
             sets["forget"], sets["retain"] = data.split_by_ids(everything, ids)
         else:
             forget = data.load(config.forget, "forget", config.columns)
+            _encode({"data": everything, "forget": forget}, task)  # every content can be read
             sets["forget"], sets["retain"] = data.split_by_content(everything, forget, task.content)
     else:
         sets["forget"] = data.load(config.forget, "forget", config.columns)
@@ -234,6 +237,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise BadInput(f"device {name!r} is unknown: use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"device {name!r} is not supported: use cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"device {name} was asked for, and there is no CUDA here: use cpu")
     return device

@@ -278,7 +278,7 @@ def _factor(settings: Training, step: int, steps: int) -> float:
     if step + 1 < rising:
         return (step + 1) / rising
     left = (steps - step) / max(1.0, steps - rising + 1)
-    if settings.schedule == "constant":
+    if settings.schedule == "linear":
         return min(1.0, left)
     if settings.schedule == "cosine":
         return 0.5 * (1 - math.cos(math.pi * min(1.0, left)))

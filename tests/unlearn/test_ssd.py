@@ -115,7 +115,10 @@ def test_two_layer_model_equals_one_backward_per_example() -> None:
     )
     for (name, p), q in zip(wanted.named_parameters(), got.model.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-9), name
-    assert any(not torch.equal(p, q) for p, q in zip(wanted.parameters(), network().parameters()))
+    assert any(
+        not torch.equal(p, q)
+        for p, q in zip(wanted.parameters(), network().parameters(), strict=True)
+    )
 
 
 def test_kept_state_is_exactly_that_of_the_remaining_data() -> None:
@@ -154,7 +157,9 @@ def test_percentile_is_chosen_by_the_share_and_explained() -> None:
     percentile = 100 - math.log(1 + 100 * 5 / 50)
     assert any(f"{percentile:.2f}th percentile" in note for note in run.notes)
     total = sum(p.numel() for p in model.parameters())
-    changed = sum(int((p != q).sum()) for p, q in zip(model.parameters(), network().parameters()))
+    changed = sum(
+        int((p != q).sum()) for p, q in zip(model.parameters(), network().parameters(), strict=True)
+    )
     assert changed == round((1 - percentile / 100) * total)
 
 
@@ -170,7 +175,10 @@ def test_a_fixed_alpha_beyond_the_exact_cap_warns_and_does_nothing() -> None:
     run = Run(forget.task)
     after = SSD(alpha=5.0).unlearn(Subject(network()), request(forget, retain), run)
     assert any("does nothing" in note for note in run.notes)
-    assert all(torch.equal(p, q) for p, q in zip(after.model.parameters(), network().parameters()))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(after.model.parameters(), network().parameters(), strict=True)
+    )
 
 
 def test_compat_squares_batch_means_in_data_order() -> None:

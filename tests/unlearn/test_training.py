@@ -178,8 +178,8 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, optimi
         def say(self, sentence: str) -> None: ...
 
     subject, request, _ = start()
+    run = Run(subject_task(subject), work=tmp_path, save_every=0.0, progress=StopAt())
     with pytest.raises(Stopped):
-        run = Run(subject_task(subject), work=tmp_path, save_every=0.0, progress=StopAt())
         settings.unlearn(subject, request, run)
     subject, request, _ = start()
     run = Run(subject_task(subject), work=tmp_path, save_every=0.0)

@@ -72,7 +72,7 @@ class SSD:
     ] = "exact"
     batch_size: Annotated[
         int, Field(ge=1, description="examples per pass; changes the result only with compat")
-    ] = 64
+    ] = 256
 
     needs: ClassVar[Needs] = Needs(
         retain=Need.OPTIONAL, state=Need.OPTIONAL, either=("retain", "state")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ class Classification(Task):
             BadInput: no such class.
         """
         text = str(label)
-        if text in self.names:
+        # a number is an index even where the names are numbers, too
+        if text in self.names and not isinstance(label, Integral):
             return self.names.index(text)
-        if text.lstrip("-").isdigit():
+        if text.removeprefix("-").isdecimal():
             if 0 <= int(text) < self.classes:
                 return int(text)
             raise BadInput(
@@ -72,11 +74,16 @@ class Classification(Task):
             self.label_index(row["label"])
         except BadInput as error:
             return str(error)
+        reads_text = hasattr(self.processor, "pad_token_id")
         if kind == "image":
+            if reads_text:
+                return "it is an image, and the model reads text"
             return _image_fault(row["image"])
-        if kind == "text" and not hasattr(self.processor, "pad"):
+        if kind == "features":
+            return _features_fault(row["features"])
+        if not reads_text:
             return "it is a text, and the model has no tokenizer"
-        return None
+        return None if isinstance(row["text"], str) else "its field 'text' is not a text"
 
     def content(self, row: Row) -> bytes:
         """The raw input and the label."""
@@ -189,6 +196,8 @@ def _kind(row: Row) -> str | None:
 
 def _forward(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {k: v for k, v in batch.items() if k not in {"labels", "units", "index"}}
+    precision = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    inputs = {k: v.to(precision) if v.is_floating_point() else v for k, v in inputs.items()}
     named = hasattr(model, "config")  # transformers models take keywords, others one input
     output = model(**inputs) if named else model(*inputs.values())
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
@@ -204,6 +213,14 @@ def _image_fault(value: Any) -> str | None:
         _opened(value)
     except (OSError, ValueError, TypeError) as error:
         return f"its image cannot be opened ({error})"
+    return None
+
+
+def _features_fault(value: Any) -> str | None:
+    try:
+        torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"its features are not numbers ({error})"
     return None
 
 
