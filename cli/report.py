@@ -39,12 +39,14 @@ def command(run: Path, kind: str, out: Path | None) -> None:
     if out is None and kind != "html":
         click.echo(text, nl=False)
         return
-    if out is None:
-        if faults := manifest.faults(run):
-            raise BadInput(f"{run} does not verify ({faults[0]}): pass --out to render elsewhere")
-        out = run / "report.html"
+    out = out or run / "report.html"
+    inside = out.resolve().is_relative_to(run.resolve())
+    if inside and (faults := manifest.faults(run)):
+        raise BadInput(f"{run} does not verify ({faults[0]}): pass --out to render elsewhere")
+    try:
         out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{out} cannot be written: {error.strerror}") from error
+    if inside:
         manifest.write(run)
-    else:
-        out.write_text(text, encoding="utf-8")
     click.echo(f"Report: {out}")

@@ -37,6 +37,7 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
         if name in MAPPINGS:
             metavar = "KEY=VALUE" if name == "set" else "FIELD=COLUMN"
             settings |= {"multiple": True, "metavar": metavar}
+            settings["envvar"] = f"UNLEARN_RUN_{name.upper()}"  # "set_" would miss it
             flag = "--column" if name == "columns" else flag
         elif choices:
             settings |= {"type": click.Choice(choices)}
@@ -103,7 +104,10 @@ def _settings(ctx: click.Context, config: Path | None, flags: dict[str, Any]) ->
         if ctx.get_parameter_source(name) is ParameterSource.DEFAULT or value is None:
             continue
         if name in MAPPINGS.values():
-            settings[field] = {**settings.get(field, {}), **_pairs(value, field)}
+            below = settings.get(field) or {}
+            if not isinstance(below, dict):
+                raise BadInput(f"{field} in {config} must hold `name: value` lines")
+            settings[field] = {**below, **_pairs(value, field)}
         else:
             settings[field] = value
     if "checkpoint" not in settings:
@@ -118,6 +122,6 @@ def _pairs(values: tuple[str, ...], field: str) -> dict[str, Any]:
     for text in values:
         key, equals, value = text.partition("=")
         if not equals:
-            raise BadInput(f"--{field} {text!r} is not of the form key=value")
-        pairs[key.strip()] = None if value.strip().lower() in ("none", "null") else value.strip()
+            raise BadInput(f"--{field.removesuffix('s')} {text!r} is not of the form key=value")
+        pairs[key.strip()] = value.strip()
     return pairs

@@ -14,7 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,28 +221,28 @@ def _download(name: str) -> Path:
 
 
 def _from_run(run: Path, options: Options) -> Checkpoint:
-    made = json.loads((run / "run.json").read_text())
-    inner = inspect(
-        run / "model" / WEIGHTS if made["model_kind"] == "module" else run / "model",
-        Options(
-            options.model or made["options"]["model"],
-            options.task or made["options"]["task"],
+    key, state = run / "record.key", run / STATE
+    try:
+        made = json.loads((run / "run.json").read_text())
+        lineage = tuple(json.loads((run / "lineage.json").read_text()))
+        record_key = bytes.fromhex(key.read_text().strip()) if key.exists() else None
+        model = run / "model" / WEIGHTS if made["model_kind"] == "module" else run / "model"
+        before = made["options"]
+        options = Options(
+            options.model or before["model"],
+            options.task or before["task"],
             options.trust_remote_code,
-            options.max_length or made["options"]["max_length"],
-            made["options"]["chat_template"]
-            if options.chat_template is None
-            else options.chat_template,
-        ),
-    )
-    state, key = run / STATE, run / "record.key"
-    return Checkpoint(
-        **{
-            **vars(inner),
-            "source": str(run),
-            "lineage": tuple(json.loads((run / "lineage.json").read_text())),
-            "state_file": state if state.exists() else None,
-            "record_key": bytes.fromhex(key.read_text().strip()) if key.exists() else None,
-        }
+            options.max_length or before["max_length"],
+            before["chat_template"] if options.chat_template is None else options.chat_template,
+        )
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise BadInput(f"{run} is damaged: `unlearn verify` tells what has changed") from error
+    return replace(
+        inspect(model, options),
+        source=str(run),
+        lineage=lineage,
+        state_file=state if state.exists() else None,
+        record_key=record_key,
     )
 
 

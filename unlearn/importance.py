@@ -451,8 +451,20 @@ def _add_gradients(gradients: Tensor, call: _Call, name: str, part: slice) -> No
         gradients += _vjp(call, name, part)
 
 
+class _Bare(nn.Module):
+    """A module without its hooks: what they change lies outside its recorded call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
 def _vjp(call: _Call, name: str, part: slice) -> Tensor:
     """Any module: each example through it alone, vectorised."""
+    bare = _Bare(call.module)
     dims = [0 if call.has_batch(x) else None for x in call.inputs]
 
     def gradient(deltas: list[Tensor], example: list[Any]) -> Tensor:
@@ -460,7 +472,7 @@ def _vjp(call: _Call, name: str, part: slice) -> Tensor:
         args, kwargs = pytree.tree_unflatten(leaves, call.structure)
 
         def outputs(p: Tensor) -> list[Tensor]:
-            output = torch.func.functional_call(call.module, {name: p}, args, kwargs)
+            output = torch.func.functional_call(bare, {f"module.{name}": p}, args, kwargs)
             leaves = pytree.tree_leaves(output)
             return [leaves[place] for place in call.deltas]
 

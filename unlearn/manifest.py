@@ -36,8 +36,20 @@ def _text(sums: dict[str, str]) -> str:
 
 
 def write(directory: Path) -> None:
-    """Write the checksums of everything in ``directory``."""
-    (directory / NAME).write_text(_text(_sums(directory)))
+    """Write the checksums of everything in ``directory``; a key kept apart stays listed."""
+    sums = _sums(directory)
+    if (directory / NAME).is_file() and KEY not in sums:
+        listed = _listed((directory / NAME).read_text())
+        sums |= {KEY: listed[KEY]} if KEY in listed else {}
+    (directory / NAME).write_text(_text(sums))
+
+
+def _listed(text: str) -> dict[str, str]:
+    listed: dict[str, str] = {}
+    for line in text.splitlines():
+        digest, _, name = line.partition("  ")
+        listed[name] = digest
+    return listed
 
 
 def faults(directory: Path) -> list[str]:
@@ -50,10 +62,7 @@ def faults(directory: Path) -> list[str]:
     if not listed_file.is_file():
         raise BadInput(f"{directory} is not a complete run directory: it has no {NAME}")
     written = listed_file.read_bytes().decode("utf-8", errors="replace")
-    listed: dict[str, str] = {}
-    for line in written.splitlines():
-        digest, _, name = line.partition("  ")
-        listed[name] = digest
+    listed = _listed(written)
     present = _sums(directory)
     if KEY in listed and KEY not in present:
         present[KEY] = listed[KEY]

@@ -71,14 +71,19 @@ def _the_method_in(module: Any) -> type[Any]:
 def build(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Method:
     """The method ``name`` with these hyperparameters, validated by their declared types.
 
+    Where nothing is the default, the word ``none`` stands for it.
+
     Raises:
         BadInput: unknown method or hyperparameter, or a value out of range; every fault listed.
     """
     from pydantic import TypeAdapter, ValidationError
 
     cls = method_class(name)
-    given = dict(hyperparameters or {})
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    known = {f.name: f.default for f in dataclasses.fields(cls) if f.init}
+    given = {
+        key: None if known.get(key, ...) is None and str(value).lower() == "none" else value
+        for key, value in (hyperparameters or {}).items()
+    }
     faults = [
         f"{name} has no hyperparameter {key!r}: {did_you_mean(key, known)}"
         for key in given

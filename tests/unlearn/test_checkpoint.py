@@ -277,6 +277,14 @@ def test_a_directory_with_pickles_only(copied, name):
     assert "is a pickle, which can run code when it is read: convert it" in wrong(copied)
 
 
+def test_a_pickle_beside_safetensors_of_another_name_is_not_read(copied):
+    values = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").rename(copied / "other.safetensors")
+    torch.save(values, copied / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        inspect(copied).load()
+
+
 def test_a_pickle(tmp_path):
     torch.save(plain.factory().state_dict(), tmp_path / "net.pt")
     for options in (Options(FACTORY), None):

@@ -377,6 +377,23 @@ def test_module_with_several_outputs_and_keyword_inputs():
     assert found["pair.unused.weight"].eq(0).all()
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, 2 * self.weight, self.bias)
+
+
+def test_hooks_and_replaced_forwards_of_others():
+    net = nn.Sequential(
+        nn.Linear(4, 4), nn.PReLU(4), Doubled(4, 4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
+    )
+    net = prepared(net)
+    for module in net[:2]:
+        module.register_forward_pre_hook(lambda _, args: (args[0] - 2,))
+        module.register_forward_hook(lambda _, args, output: 2 * output)
+    net[3].forward = lambda x: F.linear(x, net[3].weight ** 2, net[3].bias)
+    same_as_one_by_one(net, classification(net, random(BATCH, 4)))
+
+
 def test_module_whose_result_is_thrown_away_counts_nothing():
     class Net(nn.Module):
         def __init__(self):

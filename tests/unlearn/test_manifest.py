@@ -48,7 +48,7 @@ def test_any_changed_byte_is_found(run, name):
         content[position] ^= 1
 
 
-@pytest.mark.parametrize("flip", [0x01, 0x20, 0x80])
+@pytest.mark.parametrize("flip", [0x01, 0x80])
 def test_any_changed_byte_of_the_list_is_found(run, flip):
     content = bytearray((run / "SHA256SUMS").read_bytes())
     for position in range(len(content)):
@@ -116,6 +116,9 @@ def test_the_key_may_be_kept_apart(run):
     assert manifest.faults(run) == []
     (run / "run.json").write_text("{}")
     assert manifest.faults(run) == ["run.json was changed"]
+    manifest.write(run)
+    (run / "record.key").write_bytes(FILES["record.key"])
+    assert manifest.faults(run) == []
 
 
 @pytest.mark.parametrize("name", ["nowhere", "model", "run.json"])

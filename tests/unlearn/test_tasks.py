@@ -355,8 +355,13 @@ def test_images_are_read_the_same_from_everywhere(pictures, tiny_images):
     path = folder[7]["image"]
     wanted = task.processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0]
     table = load(tiny_images[1], "data")
-    for image in (path, Image.open(path), table[7]["image"], table[7]["image"]["bytes"]):
+    raw = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    sources = (path, Image.open(path), table[7]["image"], table[7]["image"]["bytes"])
+    for image in (*sources, raw, raw.numpy(), wanted):  # numbers with a point are ready-made
         assert torch.equal(task.encode({"image": image, "label": 1})["pixel_values"], wanted)
+    grey = task.encode({"image": raw[:1], "label": 1})["pixel_values"]
+    assert torch.equal(grey[0], wanted[0])
+    assert torch.equal(grey[1], wanted[0])
 
 
 def test_images_without_a_processor_become_numbers_from_zero_to_one(image_folder):

@@ -118,7 +118,10 @@ class Classification(Task):
             value = torch.as_tensor(image)
             if callable(self.processor) and not hasattr(self.processor, "save_pretrained"):
                 return torch.as_tensor(self.processor(value))
-            return value if value.is_floating_point() else value.float() / 255
+            if value.is_floating_point() or not hasattr(self.processor, "save_pretrained"):
+                return value if value.is_floating_point() else value.float() / 255
+            # whole numbers are a raw picture, which the image processor wants to see
+            image = _from_channels(value)
         picture = _opened(image).convert("RGB")
         if hasattr(self.processor, "save_pretrained"):
             pixels: Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
@@ -232,6 +235,13 @@ def _opened(value: Any) -> Any:
     if isinstance(value, Mapping):
         value = value["bytes"] or value["path"]
     return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+
+
+def _from_channels(value: Tensor) -> Any:
+    from PIL import Image
+
+    pixels = value.to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def _image_bytes(value: Any) -> bytes:
