@@ -14,8 +14,8 @@ from safetensors.torch import save_model
 
 from tests import plain
 from unlearn import demo
-from unlearn.checkpoint import save
 from unlearn.interface import Subject
+from unlearn.weights import save
 
 torch.set_num_threads(1)
 logging.getLogger("transformers").setLevel(logging.ERROR)

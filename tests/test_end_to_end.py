@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 import unlearn
 from unlearn import demo
-from unlearn.checkpoint import save
 from unlearn.errors import BadInput, Collapsed
 from unlearn.interface import Subject
+from unlearn.weights import save
 
 ROOT = Path(__file__).parents[1]
 RECIPE = {"lr": 1e-3, "epochs": 20, "batch_size": 16, "beta": 0.3}

@@ -1,38 +1,46 @@
-"""Load and save what a checkpoint directory holds, trusting nothing in it.
+"""Look at and load what a checkpoint directory holds, trusting nothing in it.
 
 Weights are safetensors only: a pickle can run code when it is read. Remote code needs the user's
 explicit yes. :func:`inspect` reads configuration and headers only and finds every fault it can
 before :meth:`Checkpoint.load` touches a weight. Weights are loaded as float32 masters whatever
-precision they are stored in, and saved back in that precision.
+precision they are stored in.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_file, save_model
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import nn
 
-from unlearn.errors import BadInput, Collapsed, Unsupported
+from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Subject
 from unlearn.tasks.base import Task
 from unlearn.tasks.causal_lm import CausalLM
 from unlearn.tasks.classification import Classification
+from unlearn.weights import (
+    PICKLES,
+    STATE,
+    WEIGHTS,
+    Stored,
+    fingerprint_files,
+    fingerprint_tensors,
+    master,
+    pickle_message,
+    read_state,
+    stored,
+    weight_files,
+)
 
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LONGEST = 2048  # tokens, where neither model nor user sets a limit
-WEIGHTS, STATE = "model.safetensors", "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Checkpoint:
         source: as the user wrote it.
         task: how it scores examples.
         processor: tokenizer, image processor, callable or None.
-        stored: the precision of its weights on disk.
+        stored: precision, number and names of its weights as they are on disk.
         build: makes the model with its weights, in float32 (float64 if stored so).
         fresh: makes the same architecture with new random weights; None if impossible.
         fingerprint: SHA-256 of its weight files (or of its tensors, when it lives in memory).
@@ -65,11 +73,10 @@ class Checkpoint:
     source: str
     task: Task
     processor: Any
-    stored: torch.dtype
+    stored: Stored
     build: Callable[[], nn.Module]
     fresh: Callable[[], nn.Module] | None
     fingerprint: str
-    parameters: int
     lineage: tuple[Mapping[str, Any], ...] = ()
     state_file: Path | None = None
     record_key: bytes | None = None
@@ -111,100 +118,6 @@ def inspect(source: Any, options: Options | None = None) -> Checkpoint:
     if str(source).count("/") == 1 and not str(source).startswith((".", "~")):
         return _from_directory(str(source), _download(str(source)), options)
     raise BadInput(f"the checkpoint {source} does not exist: check the path")
-
-
-def header(path: Path) -> dict[str, Any]:
-    """The tensors a safetensors file declares, after checking that all their bytes are there.
-
-    Raises:
-        BadInput: not a safetensors file, or a truncated one.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise BadInput(f"{path} is not a safetensors file, or is truncated: get it again")
-        try:
-            declared: dict[str, Any] = json.loads(file.read(length))
-            declared.pop("__metadata__", None)
-            promised = (
-                8 + length + max((t["data_offsets"][1] for t in declared.values()), default=0)
-            )
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise BadInput(f"{path} is not a safetensors file: its header is damaged") from error
-    if promised != size:
-        raise BadInput(
-            f"{path} is truncated or padded: its header promises {promised} bytes and it has "
-            f"{size}; get it again"
-        )
-    try:
-        with safe_open(path, "pt"):  # checks dtypes, shapes and offsets, reads no weight
-            return declared
-    except SafetensorError as error:
-        raise BadInput(f"{path} is not a safetensors file: {error}") from error
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, an index respected.
-
-    Raises:
-        BadInput: none there, only pickles, or a shard missing.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise BadInput(f"{index} is damaged: get it again") from error
-        missing = [s for s in shards if not (directory / s).is_file()]
-        if missing:
-            raise BadInput(f"{directory} lacks the weight file {missing[0]} its index names")
-        return [directory / s for s in shards]
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
-    if pickles:
-        raise BadInput(_pickle_message(directory / pickles[0]))
-    raise BadInput(f"{directory} holds no safetensors weights: pass a checkpoint directory")
-
-
-def _pickle_message(path: Path) -> str:
-    return (
-        f"{path} is a pickle, which can run code when it is read: convert it to safetensors first "
-        "(load it where you trust it, then save_pretrained or safetensors.torch.save_model)"
-    )
-
-
-def fingerprint_files(files: list[Path]) -> str:
-    """SHA-256 over the bytes of these files, in order."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _stored(files: list[Path]) -> tuple[torch.dtype, int]:
-    sizes: Counter[str] = Counter()
-    for path in files:
-        for tensor in header(path).values():
-            count = 1
-            for side in tensor["shape"]:
-                count *= side
-            sizes[tensor["dtype"]] += count
-    floats = Counter({kind: n for kind, n in sizes.items() if kind in DTYPES})
-    if not floats:
-        raise Unsupported(
-            f"{files[0]} holds no floating-point weights: quantised ones cannot learn"
-        )
-    return DTYPES[floats.most_common(1)[0][0]], sum(sizes.values())
-
-
-def master(stored: torch.dtype) -> torch.dtype:
-    """The precision a checkpoint is trained in: never less than float32."""
-    return torch.float64 if stored is torch.float64 else torch.float32
 
 
 def _download(name: str) -> Path:
@@ -266,7 +179,7 @@ def _from_directory(source: str, path: Path, options: Options) -> Checkpoint:
             f"{source} brings its own Python code: read it, then pass --trust-remote-code"
         )
     files = weight_files(path)
-    stored, parameters = _stored(files)
+    found = stored(files)
     if raw.get("quantization_config"):
         raise Unsupported(f"{source} is quantised: unlearn the checkpoint it was made from")
     trust = {"trust_remote_code": options.trust_remote_code}
@@ -282,7 +195,7 @@ def _from_directory(source: str, path: Path, options: Options) -> Checkpoint:
     def build() -> nn.Module:
         try:
             model, info = auto.from_pretrained(
-                path, dtype=master(stored), use_safetensors=True, output_loading_info=True,
+                path, dtype=master(found.dtype), use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, **trust,
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -290,21 +203,27 @@ def _from_directory(source: str, path: Path, options: Options) -> Checkpoint:
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise BadInput(f"{source} lacks the weights {missing}: it is not a complete checkpoint")
-        if info["mismatched_keys"]:
-            name, found, wanted = min(info["mismatched_keys"])
+        if info["unexpected_keys"]:
+            extra = ", ".join(sorted(info["unexpected_keys"])[:3])
             raise BadInput(
-                f"the weights {name} of {source} have the shape {tuple(found)}, and its "
+                f"{source} holds weights its architecture does not know ({extra}), which would be "
+                "lost: remove them from the checkpoint first"
+            )
+        if info["mismatched_keys"]:
+            name, shape, wanted = min(info["mismatched_keys"])
+            raise BadInput(
+                f"the weights {name} of {source} have the shape {tuple(shape)}, and its "
                 f"config.json asks for {tuple(wanted)}: it is damaged"
             )
         loaded: nn.Module = model
         return loaded
 
     def fresh() -> nn.Module:
-        built: nn.Module = auto.from_config(config, dtype=master(stored), **trust)
+        built: nn.Module = auto.from_config(config, dtype=master(found.dtype), **trust)
         return built
 
     return Checkpoint(
-        source, task, processor, stored, build, fresh, fingerprint_files(files), parameters,
+        source, task, processor, found, build, fresh, fingerprint_files(files),
         notes=notes,
     )  # fmt: skip
 
@@ -370,7 +289,7 @@ def _processor_and_task(
                 f"the {' and the '.join(unpadded)} of {path} has no pad token: set one and save it "
                 "there"
             )
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    names = _class_names(config, config.num_labels)
     return processor, Classification(config.num_labels, names, processor, limit), ()
 
 
@@ -393,10 +312,10 @@ def _import_factory(name: str) -> Callable[[], nn.Module]:
 
 def _from_module(path: Path, options: Options) -> Checkpoint:
     if path.suffix in PICKLES:
-        raise BadInput(_pickle_message(path))
+        raise BadInput(pickle_message(path))
     if not path.is_file():
         raise BadInput(f"the weights {path} do not exist: pass a safetensors file with --model")
-    stored, parameters = _stored([path])
+    found = stored([path])
     if not options.model:
         raise BadInput(f"{path} is a bare state dict: name its network with --model module:factory")
     factory = _import_factory(options.model)
@@ -412,7 +331,7 @@ def _from_module(path: Path, options: Options) -> Checkpoint:
             ) from error
         if not isinstance(model, nn.Module):
             raise BadInput(f"--model {options.model} returned {type(model).__name__}, not a module")
-        return model.to(master(stored))
+        return model.to(master(found.dtype))
 
     def build() -> nn.Module:
         model = fresh()
@@ -423,9 +342,7 @@ def _from_module(path: Path, options: Options) -> Checkpoint:
         return model
 
     task = Classification(_classes_of(fresh()))
-    return Checkpoint(
-        str(path), task, None, stored, build, fresh, fingerprint_files([path]), parameters
-    )
+    return Checkpoint(str(path), task, None, found, build, fresh, fingerprint_files([path]))
 
 
 def _classes_of(model: nn.Module) -> int:
@@ -433,6 +350,13 @@ def _classes_of(model: nn.Module) -> int:
     if not linear:
         raise Unsupported(f"{type(model).__name__} has no linear output layer to count classes of")
     return linear[-1].out_features
+
+
+def _class_names(config: Any, classes: int) -> list[str]:
+    """The label names a configuration carries; placeholders such as LABEL_0 are none."""
+    named = getattr(config, "id2label", None) or {}
+    names = [str(named.get(i, "")) for i in range(classes)]
+    return [] if names == [f"LABEL_{i}" for i in range(classes)] or not all(names) else names
 
 
 def _from_memory(subject: Subject, options: Options) -> Checkpoint:
@@ -455,87 +379,21 @@ def _from_memory(subject: Subject, options: Options) -> Checkpoint:
         task = CausalLM(processor, text.vocab_size, limit, options.chat_template)
     elif kind == "classification":
         classes = getattr(config, "num_labels", None) or _classes_of(model)
-        named = getattr(config, "id2label", None) or {}
-        names = [str(named[i]) for i in range(classes)] if named else []
-        task = Classification(classes, names, processor, options.max_length or 512)
+        task = Classification(
+            classes, _class_names(config, classes), processor, options.max_length or 512
+        )
     else:
         raise BadInput(f"there is no task {kind!r}: known are causal_lm, classification")
     floats = [p for p in model.parameters() if p.is_floating_point()]
-    stored = floats[0].dtype if floats else torch.float32
+    found = Stored(
+        floats[0].dtype if floats else torch.float32,
+        sum(p.numel() for p in floats),
+        tuple(name for name, _ in model.named_parameters()),
+    )
 
     def build() -> nn.Module:
-        return model.to(master(stored))
+        return model.to(master(found.dtype))
 
     return Checkpoint(
-        "memory", task, processor, stored, build, None, fingerprint_tensors(model.state_dict()),
-        sum(p.numel() for p in floats),
+        "memory", task, processor, found, build, None, fingerprint_tensors(model.state_dict())
     )  # fmt: skip
-
-
-def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and bytes of these tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(
-            value.view(torch.uint8).numpy().tobytes() if value.ndim else repr(value.item()).encode()
-        )
-    return digest.hexdigest()
-
-
-def save(subject: Subject, stored: torch.dtype, directory: Path) -> str:
-    """Write model and processor in the format and precision they came in.
-
-    Returns:
-        The fingerprint of the weight files.
-
-    Raises:
-        Collapsed: a weight is not finite, also after the cast to ``stored``.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    model = _cast(subject.model, stored)
-    bad = [name for name, p in model.state_dict().items() if not bool(torch.isfinite(p).all())]
-    if bad:
-        raise Collapsed(
-            f"the unlearned weights {', '.join(bad[:3])} are not finite in {stored}: nothing was "
-            "written; use a smaller learning rate"
-        )
-    if callable(write := getattr(model, "save_pretrained", None)):
-        write(directory)
-        if hasattr(subject.processor, "save_pretrained"):
-            subject.processor.save_pretrained(directory)
-    else:
-        save_model(model, str(directory / WEIGHTS))
-    return fingerprint_files(weight_files(directory))
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model on the CPU in ``dtype``, but for buffers that are computed and never stored.
-
-    Rounded rotary frequencies would make the model in memory another one than the one read back.
-    """
-    written = model.state_dict().keys()
-    computed = {
-        name: buffer
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name not in written
-    }
-    model.to("cpu", dtype)
-    for name, buffer in computed.items():
-        owner, _, own = name.rpartition(".")
-        setattr(model.get_submodule(owner), own, buffer.cpu())
-    return model
-
-
-def write_state(path: Path, state: Mapping[str, Tensor], note: Mapping[str, str]) -> None:
-    """Write what a method keeps for the next request."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    save_file(tensors, path, metadata=dict(note))
-
-
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read it back."""
-    header(path)
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

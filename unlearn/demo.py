@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from unlearn.checkpoint import save
 from unlearn.data import load
 from unlearn.interface import Subject
 from unlearn.run import Progress, Run, Silent
 from unlearn.tasks.base import Encoded
 from unlearn.tasks.causal_lm import CausalLM
 from unlearn.training import Term, Training, descend, likelihood
+from unlearn.weights import save
 
 Record = dict[str, str]
 

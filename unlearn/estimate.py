@@ -28,7 +28,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     audited = sum(min(len(s), AUDITED) for s in sets.values()) * (3 if plan.retrained else 2)
     audited = audited if plan.config.audit != "none" else 0
     # weights, gradients and two moments in fp32, beside the activations seen while probing
-    memory = 16 * plan.checkpoint.parameters + peak
+    memory = 16 * plan.checkpoint.stored.parameters + peak
     cost: dict[str, Any] = {
         "examples trained on": "unknown" if examples is None else f"{examples:,}",
         "seconds per example": f"{seconds:.2g} (forward and backward, measured)",
@@ -39,8 +39,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "checkpoint": {
             "from": plan.checkpoint.source,
             "task": plan.checkpoint.task.name,
-            "weights": f"{plan.checkpoint.parameters:,} stored as "
-            f"{str(plan.checkpoint.stored).removeprefix('torch.')}",
+            "weights": f"{plan.checkpoint.stored.parameters:,} stored as "
+            f"{str(plan.checkpoint.stored.dtype).removeprefix('torch.')}",
             "fingerprint": plan.checkpoint.fingerprint,
             "earlier requests": len(plan.checkpoint.lineage),
         },

@@ -197,6 +197,8 @@ class _Recorder:
             raise Unsupported(f"{label}: the batch does not lead its input; use batch_first=True")
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.batch and not owned:
+                return
             inputs, structure = pytree.tree_flatten((args, kwargs))
             if not self.batch:  # the outermost module's first input tells
                 self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 0)
@@ -295,6 +297,7 @@ def _total(uses: list[tuple[_Call, str]], parameter: Tensor) -> Tensor:
 
 def _chunks(n: int, size: int, device: torch.device) -> Iterator[slice]:
     step = max(1, CHUNK.get(device.type, CHUNK["other"]) // size)
+    step -= step % torch.get_num_threads() if step > torch.get_num_threads() else 0  # an even share
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 

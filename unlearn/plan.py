@@ -17,6 +17,7 @@ from unlearn.checkpoint import Checkpoint, Options
 from unlearn.config import RunConfig
 from unlearn.errors import BadInput, Faults, MissingNeed
 from unlearn.interface import Classes, Method, Need, Records, Request, Target
+from unlearn.scope import matching
 from unlearn.tasks.base import Encoded, Task
 from unlearn.tasks.classification import Classification
 
@@ -97,6 +98,8 @@ def plan(config: RunConfig) -> Plan:
     )
     checkpoint = checkpoints.inspect(config.checkpoint, options)
     _check_needs(config, method, checkpoint)
+    if scope := getattr(method, "scope", None):
+        matching(scope, checkpoint.stored.names)
     raw, target = _raw_sets(config, checkpoint.task)
     encoded = _encode(raw, checkpoint.task)
     hashes = {name: data.record_hashes(e, checkpoint.task.content) for name, e in raw.items()}

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unlearn import checkpoint as checkpoints
-from unlearn import data, manifest
+from unlearn import data, manifest, weights
 from unlearn.checkpoint import Checkpoint
 from unlearn.errors import BadInput, UnlearnError
 from unlearn.interface import Subject
@@ -278,13 +278,13 @@ def _carry_out(plan: Plan, audit: Audit | None, progress: Progress, place: Path)
     with stopwatch.phase("unlearn"):
         subject = plan.method.unlearn(subject, plan.request(), run)
     with stopwatch.phase("save"):
-        stored = plan.checkpoint.stored
-        outcome.fingerprint_out = checkpoints.save(subject, stored, result / "model")
+        stored = plan.checkpoint.stored.dtype
+        outcome.fingerprint_out = weights.save(subject, stored, result / "model")
         if subject.state:
-            checkpoints.write_state(result / checkpoints.STATE, subject.state, subject.note)
-    subject.model.to(plan.device, checkpoints.master(stored))
+            weights.write_state(result / weights.STATE, subject.state, subject.note)
+    subject.model.to(plan.device, weights.master(stored))
     examine("unlearned", subject.model)
-    subject.model.to("cpu", stored)
+    weights.cast(subject.model, stored)
     if plan.retrained is not None and audit is not None:
         examine("retrained", plan.retrained.load().model.to(plan.device))
     outcome.notes = run.notes

@@ -8,7 +8,7 @@ expression searched in parameter names. Everything else stays bit-identical.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,8 @@ from torch import nn
 from unlearn.errors import BadInput, Unsupported, did_you_mean
 from unlearn.interface import Subject
 from unlearn.tasks.base import Task
+
+WORDS = ("all", "head", "lora")
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,27 @@ def _chosen(model: nn.Module, task: Task, scope: str) -> dict[str, nn.Parameter]
     if scope == "head":
         head = {id(p) for p in task.output_layer(model).parameters()}
         return {name: p for name, p in named.items() if id(p) in head}
+    return {name: named[name] for name in matching(scope, named)}
+
+
+def matching(scope: str, names: Iterable[str]) -> list[str]:
+    """The names a pattern selects; every name for ``all``, ``head`` and ``lora``.
+
+    Raises:
+        BadInput: not a regular expression, or nothing matches.
+    """
+    names = list(names)
+    if scope in WORDS:
+        return names
     try:
         pattern = re.compile(scope)
     except re.error as error:
         raise BadInput(f"scope {scope!r} is not a regular expression: {error}") from error
-    chosen = {name: p for name, p in named.items() if pattern.search(name)}
+    chosen = [name for name in names if pattern.search(name)]
     if not chosen:
         raise BadInput(
             f"scope {scope!r} matches no parameter: use all, head, lora, or a pattern; "
-            f"{did_you_mean(scope, list(named)[:40])}"
+            f"{did_you_mean(scope, names[:40])}"
         )
     return chosen
 

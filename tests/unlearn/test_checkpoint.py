@@ -14,21 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests import plain
-from unlearn.checkpoint import (
-    Options,
+from unlearn.checkpoint import Options, inspect
+from unlearn.errors import BadInput, Collapsed, UnlearnError, Unsupported
+from unlearn.interface import Subject
+from unlearn.tasks.causal_lm import CausalLM
+from unlearn.tasks.classification import Classification
+from unlearn.weights import (
     fingerprint_files,
     header,
-    inspect,
     master,
     read_state,
     save,
     weight_files,
     write_state,
 )
-from unlearn.errors import BadInput, Collapsed, UnlearnError, Unsupported
-from unlearn.interface import Subject
-from unlearn.tasks.causal_lm import CausalLM
-from unlearn.tasks.classification import Classification
 
 FACTORY = "tests.plain:factory"
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -77,8 +76,8 @@ def test_a_language_model_is_recognised(tiny_lm):
     found = inspect(tiny_lm)
     assert isinstance(found.task, CausalLM)
     assert (found.task.max_length, found.task.chat) == (128, True)
-    assert found.stored is torch.float32
-    assert found.parameters == sum(v.numel() for v in tensors(tiny_lm).values())
+    assert found.stored.dtype is torch.float32
+    assert found.stored.parameters == sum(v.numel() for v in tensors(tiny_lm).values())
     assert found.fingerprint == fingerprint_files([tiny_lm / "model.safetensors"])
     assert (found.lineage, found.state_file, found.notes) == ((), None, ())
 
@@ -107,15 +106,15 @@ def test_a_user_may_go_beyond_our_default_length_but_not_the_models(copied):
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_round_trip_keeps_names_values_and_precision(copied, tmp_path, dtype):
     found = inspect(converted(copied, dtype))
-    assert found.stored is dtype
+    assert found.stored.dtype is dtype
     subject = found.load()
     wanted = torch.float64 if dtype is torch.float64 else torch.float32
     assert {p.dtype for p in subject.model.parameters()} == {wanted} == {master(dtype)}
     assert not subject.model.training
-    fingerprint = save(subject, found.stored, tmp_path / "again")
+    fingerprint = save(subject, found.stored.dtype, tmp_path / "again")
     assert same(tensors(tmp_path / "again"), tensors(copied))
     again = inspect(tmp_path / "again")
-    assert (again.stored, again.fingerprint) == (dtype, fingerprint)
+    assert (again.stored.dtype, again.fingerprint) == (dtype, fingerprint)
     assert again.processor.chat_template == found.processor.chat_template
     model = again.load().model
     assert model.lm_head.weight is model.model.embed_tokens.weight  # tied, and stored once
@@ -173,7 +172,7 @@ def test_sharded_weights(copied, tmp_path):
         shutil.copy(copied / file, tmp_path / "shards")
     found = inspect(tmp_path / "shards")
     assert len(weight_files(tmp_path / "shards")) > 1
-    assert found.parameters == inspect(copied).parameters
+    assert found.stored.parameters == inspect(copied).stored.parameters
     assert all(
         torch.equal(p, q)
         for p, q in zip(found.load().model.parameters(), model.parameters(), strict=True)
@@ -395,10 +394,14 @@ def test_a_text_classifier_that_does_something_else(text_classifier):
 
 def test_a_factory_and_its_state_dict(tiny_vectors, tmp_path):
     found = inspect(tiny_vectors, Options(FACTORY))
-    assert (found.task.classes, found.stored, found.parameters) == (3, torch.float32, 75)
+    assert (found.task.classes, found.stored.dtype, found.stored.parameters) == (
+        3,
+        torch.float32,
+        75,
+    )
     subject = found.load()
     assert same(dict(subject.model.state_dict()), load_file(tiny_vectors))
-    save(subject, found.stored, tmp_path / "again")
+    save(subject, found.stored.dtype, tmp_path / "again")
     assert same(load_file(tmp_path / "again" / "model.safetensors"), load_file(tiny_vectors))
     fresh = found.fresh()
     assert not torch.equal(fresh[0].weight, subject.model[0].weight)
@@ -409,7 +412,7 @@ def test_a_state_dict_of_another_precision(tmp_path, dtype):
     model = plain.with_statistics().to(dtype)
     save_file(model.state_dict(), tmp_path / "net.safetensors")
     found = inspect(tmp_path / "net.safetensors", Options("tests.plain:with_statistics"))
-    assert found.stored is dtype
+    assert found.stored.dtype is dtype
     subject = found.load()
     assert subject.model[0].weight.dtype is master(dtype)
     save(subject, dtype, tmp_path / "again")
@@ -480,7 +483,7 @@ def test_transformers_in_memory(tiny_lm, tiny_images):
 
 def test_half_precision_in_memory():
     found = inspect(plain.factory().half())
-    assert found.stored is torch.float16
+    assert found.stored.dtype is torch.float16
     assert next(found.load().model.parameters()).dtype is torch.float32
 
 

@@ -5,9 +5,9 @@
 where S_i is the NLL of forget example i, summed over its answer, and S_i^ref the same under the
 starting model. As beta -> 0 this becomes gradient ascent; at the start it is (2/beta) ln 2.
 Bounded, unlike ascent: examples already forgotten stop pulling. The forget side is a sum over an
-answer's tokens and the retain side a mean per token, so the retain term needs weight. The reference values are
-computed once before training, never by a second live model. Cost: one forward pass over the
-forget set, then as grad_diff.
+answer's tokens and the retain side a mean per token, so the retain term needs weight. The
+reference values are computed once before training, never by a second live model. Cost: one
+forward pass over the forget set, then as grad_diff.
 """
 
 from __future__ import annotations
