@@ -62,33 +62,30 @@ def _show_all(described: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("method", "what it does", "retain set", "tasks"):
-        table.add_column(column)
+    for column in ("method", "what it does", "retain set"):
+        table.add_column(column, no_wrap=column == "method")
     for one in described:
-        needs = one["needs"]
-        table.add_row(one["name"], one["summary"], needs["retain set"], needs["tasks"])
-    Console(highlight=False).print(table)
+        table.add_row(one["name"], one["summary"], one["needs"]["retain set"])
+    out = Console(highlight=False)
+    out.print(table)
+    out.print("\n`unlearn methods NAME` shows needs, settings, paper and recipes.")
 
 
 def _show_one(one: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    out = Console(highlight=False)
+    out = Console(highlight=False, soft_wrap=True)
     out.print(escape(one["about"]))
     out.print("\n[bold]Needs[/]")
     for what, how in one["needs"].items():
         if how is not None:
             out.print(f"  {what}: {escape(str(how))}")
     out.print("\n[bold]Settings[/] (--set name=value)")
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 2))
-    for column in ("name", "default", "type", "meaning"):
-        table.add_column(column)
     for h in one["hyperparameters"]:
-        table.add_row(h["name"], str(h["default"]), escape(h["type"]), escape(h["meaning"]))
-    out.print(table)
+        value, kind = escape(str(h["default"])), escape(h["type"])
+        out.print(f"  [bold]{h['name']}[/] = {value}  [dim]{kind}[/]\n      {escape(h['meaning'])}")
     if one["recipes"]:
         out.print("\n[bold]Recipes[/] (--config FILE)")
         for recipe in one["recipes"]:
-            out.print(f"  {escape(recipe['path'])}\n    {escape(recipe['about'])}", soft_wrap=True)
+            out.print(f"  {escape(recipe['path'])}\n      {escape(recipe['about'])}")

@@ -79,3 +79,14 @@ def test_importing_has_no_side_effects() -> None:
         "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "unlearn" / "recipes").glob("*.yaml")))
+def test_every_recipe_builds_and_is_named_by_its_method(recipe: Path) -> None:
+    from unlearn import registry
+    from unlearn.cli.methods import recipes
+    from unlearn.config import read_yaml
+
+    settings = read_yaml(recipe)
+    registry.build(settings["method"], settings["set"])
+    assert recipe.name in {Path(r["path"]).name for r in recipes(settings["method"])}

@@ -71,7 +71,11 @@ class SSD:
         ),
     ] = "exact"
     batch_size: Annotated[
-        int, Field(ge=1, description="examples per pass; changes the result only with compat")
+        int,
+        Field(
+            ge=1,
+            description="examples per pass; changes the result only with compat (the authors: 64)",
+        ),
     ] = 256
 
     needs: ClassVar[Needs] = Needs(
