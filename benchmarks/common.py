@@ -38,7 +38,7 @@ def machine() -> str:
 
 
 def ratios(
-    work: Callable[[], Any], floor: Callable[[], Any], rounds: int = 5
+    work: Callable[[], Any], floor: Callable[[], Any], rounds: int = 3
 ) -> tuple[float, float, float]:
     """(median ratio, seconds of work, seconds of floor), measured in turn after one warm-up."""
     work(), floor()

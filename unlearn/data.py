@@ -7,6 +7,7 @@ tables, so erasing the files erases the data.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -179,7 +180,8 @@ def _from_path(source: str, name: str) -> Sequence[Row]:
     looks_like_hub = source.count("/") == 1 and not path.suffix and not source.startswith(".")
     if not looks_like_hub:
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = f" ({did_you_mean(path.name, near)})" if 0 < len(near) < 200 else ""
+        guess = difflib.get_close_matches(path.name, near, n=1)
+        hint = f" (did you mean {guess[0]}?)" if guess else ""
         raise BadInput(f"the {name} set {source} does not exist{hint}: check the path")
     return _from_hub(source, name)
 
