@@ -54,10 +54,11 @@ def _findings(findings: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right" if column in ROLES else "left")
     for found in findings:
         values = [f"{found[role]['value']:.3f}" if found[role] else "-" for role in ROLES]
-        title, verdict = found["title"].split(",")[0], found["verdict"]
+        verdict = found["verdict"]
         shown = "" if verdict == "info" else f"[{COLOURS.get(verdict, 'default')}]{verdict}[/]"
         subset = found["subset"].replace("_", " ")
-        table.add_row(subset, escape(title), *values, escape(found["criterion"]), shown)
+        name = found["name"].replace("_", " ")
+        table.add_row(subset, escape(name), *values, escape(found["criterion"]), shown)
     return table
 
 
