@@ -47,6 +47,16 @@ def _verdict(criterion: str, outcome: Outcome) -> Decision:
     return Decision(criterion, outcome, unsure if outcome == "inconclusive" else "")
 
 
+def difference(value: float, bounds: Bounds, other: float, others: Bounds) -> Bounds:
+    """Interval of a difference of independent estimates from their own intervals (MOVER).
+
+    Zou & Donner 2008: each bound takes the squared distances that push it outwards.
+    """
+    low = np.hypot(value - bounds.low, others.high - other)
+    high = np.hypot(bounds.high - value, other - others.low)
+    return Bounds(value - other - float(low), value - other + float(high))
+
+
 def at_most_above(unlearned: Array, reference: Array, name: str, paired: bool) -> Decision:
     """The mean must not exceed the reference's by more than ``FORGET_MARGIN``.
 
@@ -56,8 +66,11 @@ def at_most_above(unlearned: Array, reference: Array, name: str, paired: bool) -
         name: of the reference, for the printed rule.
         paired: whether both are about the same records.
     """
-    difference = unlearned - (reference if paired else reference.mean())
-    bounds = mean_interval(difference, LEVEL, (-1.0, 1.0))
+    if paired:
+        bounds = mean_interval(unlearned - reference, LEVEL, (-1.0, 1.0))
+    else:
+        ours, theirs = (mean_interval(v, LEVEL, (0.0, 1.0)) for v in (unlearned, reference))
+        bounds = difference(float(unlearned.mean()), ours, float(reference.mean()), theirs)
     return _verdict(
         f"at most {FORGET_MARGIN:.2f} above {name}", decide(bounds, -np.inf, FORGET_MARGIN)
     )
@@ -83,11 +96,11 @@ def at_most_below(unlearned: Array, original: Array) -> Decision:
     )
 
 
-def auc_near(bounds: Bounds, centre: float, name: str) -> Decision:
-    """An AUC must lie within ``AUC_MARGIN`` of ``centre``, above and below: overshooting leaks."""
+def auc_near(bounds: Bounds, name: str) -> Decision:
+    """An AUC's distance from where it should be, bounded above and below: overshooting leaks."""
     return _verdict(
         f"within {AUC_MARGIN:.2f} of {name}, on either side",
-        decide(bounds, centre - AUC_MARGIN, centre + AUC_MARGIN),
+        decide(bounds, -AUC_MARGIN, AUC_MARGIN),
     )
 
 

@@ -15,7 +15,7 @@ from unlearn.evaluations import criteria
 from unlearn.evaluations.criteria import Decision
 from unlearn.evaluations.memorization import exact_memorization, extraction_strength
 from unlearn.evaluations.schema import Finding, Interval, Value
-from unlearn.evaluations.statistics import auc, auc_interval, mean_interval
+from unlearn.evaluations.statistics import Bounds, auc, auc_interval, mean_interval
 from unlearn.interface import Classes, Target
 from unlearn.plan import SetName
 from unlearn.run import Role
@@ -158,7 +158,6 @@ def _membership(measured: Measurements, target: Target) -> list[Finding]:
     found = []
     if "retrained" in scores:
         reference = scores["retrained"]["forget"]
-        bounds = auc_interval(scores["unlearned"]["forget"], reference, criteria.LEVEL)
         found.append(
             Finding(
                 name="membership_auc_against_retrained",
@@ -170,17 +169,15 @@ def _membership(measured: Measurements, target: Target) -> list[Finding]:
                 original=_auc_value(scores["original"]["forget"], reference),
                 unlearned=_auc_value(scores["unlearned"]["forget"], reference),
                 retrained=Value(value=0.5),
-                **_decided(criteria.auc_near(bounds, 0.5, "one half")),
+                **_decided(_near(scores["unlearned"]["forget"], reference, None)),
             )
         )
     same: SetName = "holdout_forget" if isinstance(target, Classes) else "holdout"
     if same in scores["unlearned"]:
         aucs = {role: _auc_value(sets["forget"], sets[same]) for role, sets in scores.items()}
         after = scores["unlearned"]
-        bounds = auc_interval(after["forget"], after[same], criteria.LEVEL)
-        centre, name = 0.5, "one half"
-        if "retrained" in aucs:
-            centre, name = aucs["retrained"].value, "the retrained model's"
+        exact = scores.get("retrained")
+        never_saw = (exact["forget"], exact[same]) if exact else None
         found.append(
             Finding(
                 name="membership_auc",
@@ -191,10 +188,22 @@ def _membership(measured: Measurements, target: Target) -> list[Finding]:
                 original=aucs["original"],
                 unlearned=aucs["unlearned"],
                 retrained=aucs.get("retrained"),
-                **_decided(criteria.auc_near(bounds, centre, name)),
+                **_decided(_near(after["forget"], after[same], never_saw)),
             )
         )
     return found
+
+
+def _near(members: Array, nonmembers: Array, exact: tuple[Array, Array] | None) -> Decision:
+    """An AUC held against the retrained model's, where there is one, else against one half."""
+    centre, name, around = 0.5, "one half", Bounds(0.5, 0.5)
+    if exact is not None:
+        centre, name = auc(*exact), "the retrained model's"
+        around = auc_interval(*exact, criteria.LEVEL)
+    ours = auc_interval(members, nonmembers, criteria.LEVEL)
+    return criteria.auc_near(
+        criteria.difference(auc(members, nonmembers), ours, centre, around), name
+    )
 
 
 def overall(findings: tuple[Finding, ...]) -> tuple[Any, str]:

@@ -216,3 +216,47 @@ def test_a_plain_module_from_python() -> None:
     )  # fmt: skip
     assert result.directory is None
     assert finding(result.report, "accuracy", "forget").unlearned.value < 0.2
+
+
+def blobs(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=draw), torch.arange(n) % 3
+
+
+def perceptron(classes: int = 3) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nn = torch.nn
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes))
+
+
+def test_requests_in_memory_carry_their_state_along() -> None:
+    first = unlearn.forget(perceptron(), method="ssd", data=blobs(60, 0), forget_ids="0:10")
+    second = unlearn.forget(first.subject, method="ssd", forget=blobs(6, 1))
+    assert second.subject.note["ssd.count"] == "44"
+
+
+def test_another_method_does_not_hand_on_state_it_does_not_keep(tmp_path: Path) -> None:
+    first = unlearn.forget(perceptron(), method="ssd", data=blobs(60, 0), forget_ids="0:10")
+    second = unlearn.forget(
+        first.subject, method="gradient_ascent", forget=blobs(6, 1), set={"epochs": 1},
+        out=tmp_path / "run",
+    )  # fmt: skip
+    assert not second.subject.state
+    assert not (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_a_retrained_model_with_other_classes_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="other classes"):
+        unlearn.forget(
+            perceptron(), method="ssd", data=blobs(60, 0), forget_ids="0:10",
+            retrained=perceptron(classes=2), out=tmp_path / "run",
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_may_have_a_config_of_its_own() -> None:
+    model = perceptron()
+    model.config = {"width": 8}  # type: ignore[assignment]
+    result = unlearn.forget(model, method="ssd", data=blobs(60, 0), forget_ids="0:10")
+    assert result.report is not None

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Subject
@@ -68,6 +69,8 @@ class Checkpoint:
         fingerprint: SHA-256 of its weight files (or of its tensors, when it lives in memory).
         lineage: the runs that made it, oldest first.
         state_file: what the last of these runs kept for the next.
+        options: how it was read.
+        state: what an earlier request kept, for a subject in memory; ``state_note`` its facts.
     """
 
     source: str
@@ -81,6 +84,13 @@ class Checkpoint:
     state_file: Path | None = None
     record_key: bytes | None = None
     notes: tuple[str, ...] = field(default=())
+    options: Options = field(default_factory=Options)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    state_note: Mapping[str, str] = field(default_factory=dict)
+
+    def has_state(self) -> bool:
+        """Whether an earlier run kept something for the next."""
+        return self.state_file is not None or bool(self.state)
 
     def load(self) -> Subject:
         """The subject, on the CPU, in eval mode, every weight checked to be there and finite."""
@@ -88,7 +98,9 @@ class Checkpoint:
         bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
             raise BadInput(f"{self.source}: the weights {', '.join(bad[:3])} are not finite")
-        state, note = read_state(self.state_file) if self.state_file else ({}, {})
+        state, note = self.state, self.state_note
+        if self.state_file:
+            state, note = read_state(self.state_file)
         return Subject(model.eval(), self.processor, state, note)
 
 
@@ -107,16 +119,18 @@ def inspect(source: Any, options: Options | None = None) -> Checkpoint:
     if isinstance(source, nn.Module):
         source = Subject(source)
     if isinstance(source, Subject):
-        return _from_memory(source, options)
+        found = _from_memory(source, options)
+        return replace(found, options=options, state=source.state, state_note=source.note)
     path = Path(str(source)).expanduser()
     if path.is_dir() and (path / "run.json").exists():
         return _from_run(path, options)
     if options.model or path.is_file():
-        return _from_module(path, options)
+        return replace(_from_module(path, options), options=options)
     if path.is_dir():
-        return _from_directory(str(source), path, options)
+        return replace(_from_directory(str(source), path, options), options=options)
     if str(source).count("/") == 1 and not str(source).startswith((".", "~")):
-        return _from_directory(str(source), _download(str(source)), options)
+        found = _from_directory(str(source), _download(str(source)), options)
+        return replace(found, options=options)
     raise BadInput(f"the checkpoint {source} does not exist: check the path")
 
 
@@ -215,6 +229,7 @@ def _from_directory(source: str, path: Path, options: Options) -> Checkpoint:
                 f"the weights {name} of {source} have the shape {tuple(shape)}, and its "
                 f"config.json asks for {tuple(wanted)}: it is damaged"
             )
+        _mend_generation(model)
         loaded: nn.Module = model
         return loaded
 
@@ -226,6 +241,17 @@ def _from_directory(source: str, path: Path, options: Options) -> Checkpoint:
         source, task, processor, found, build, fresh, fingerprint_files(files),
         notes=notes,
     )  # fmt: skip
+
+
+def _mend_generation(model: Any) -> None:
+    """Sampling settings beside do_sample=false are refused on saving; say what they mean."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
 
 
 def _auto_class(architectures: list[str], source: str, task: str | None) -> tuple[Any, str]:
@@ -361,7 +387,7 @@ def _class_names(config: Any, classes: int) -> list[str]:
 
 def _from_memory(subject: Subject, options: Options) -> Checkpoint:
     model, processor = subject.model, subject.processor
-    config = getattr(model, "config", None)
+    config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
     kind = options.task
     task: Task
     if kind is None:

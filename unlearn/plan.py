@@ -74,6 +74,7 @@ class Plan:
             json.dumps(self.hyperparameters, sort_keys=True, default=str),
             self.checkpoint.fingerprint,
             self.retrained.fingerprint if self.retrained else "",
+            self.device.type,
             # in their order: batches and what is kept of them go by position
             *(f"{name}:{b''.join(hashes).hex()}" for name, hashes in self.hashes.items()),
         ]
@@ -109,6 +110,9 @@ def plan(config: RunConfig) -> Plan:
         retrained = checkpoints.inspect(config.retrained, options)
         if type(retrained.task) is not type(checkpoint.task):
             raise BadInput(f"{config.retrained} is not of the same kind as {config.checkpoint}")
+        if isinstance(retrained.task, Classification):
+            _check_same_classes(checkpoint.task, retrained.task)
+        _encode(raw, retrained.task)
     return Plan(
         config, method, checkpoint, retrained, Sets(**_split_holdout(encoded, target)), target,
         _device(config.device), hashes, _fields(method), hyperparameters,
@@ -117,6 +121,14 @@ def plan(config: RunConfig) -> Plan:
 
 def _fields(method: Any) -> dict[str, Any]:
     return {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+
+
+def _check_same_classes(task: Task, other: Classification) -> None:
+    ours = task.classes, getattr(task, "names", ())
+    if ours[0] != other.classes or (ours[1] and other.names and tuple(ours[1]) != other.names):
+        raise BadInput(
+            "the retrained model has other classes, or in another order: pass one with the same"
+        )
 
 
 def _check_out(out: Path) -> None:
@@ -133,7 +145,7 @@ def _check_needs(config: RunConfig, method: Method, checkpoint: Checkpoint) -> N
     given = {
         "forget": True,
         "retain": config.retain is not None or split,
-        "state": checkpoint.state_file is not None,
+        "state": checkpoint.has_state(),
     }
     faults = Faults()
     if config.forget is None and not split:

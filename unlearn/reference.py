@@ -54,8 +54,8 @@ class ReferenceLogits:
         with evaluating(model):
             self.head: Callable[[Tensor], Tensor] = run.task.frozen_head(model)
             kept = run.once(f"reference_logits_{examples.name}", compute)
-        self.values = kept["values"]
-        self.ends = kept["units"].cumsum(0)
+        self.values = kept["values"].cpu()
+        self.ends = kept["units"].cpu().cumsum(0)
         self.device = run.device
 
     def __call__(self, batch: Batch) -> Tensor:

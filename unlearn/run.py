@@ -31,7 +31,7 @@ from unlearn import checkpoint as checkpoints
 from unlearn import data, manifest, weights
 from unlearn.checkpoint import Checkpoint
 from unlearn.errors import BadInput, UnlearnError
-from unlearn.interface import Subject
+from unlearn.interface import Need, Subject
 from unlearn.plan import Plan
 from unlearn.tasks.base import Encoded, Task
 
@@ -69,6 +69,7 @@ class Run:
         work: directory of the unfinished run; None: nothing is kept on disk.
         progress: told about every step.
         save_every: seconds between saves of unfinished training.
+        resumable: whether unfinished training is worth saving at all.
         checkpoint: what the subject was loaded from.
         notes: sentences the method wants in the report.
     """
@@ -79,6 +80,7 @@ class Run:
     work: Path | None = None
     progress: Progress = field(default_factory=Silent)
     save_every: float = 60.0
+    resumable: bool = True
     checkpoint: Checkpoint | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -127,7 +129,7 @@ class Run:
     def initial_model(self, init: str | None) -> nn.Module:
         """The weights retraining starts from: a checkpoint's, or new random ones."""
         if init is not None:
-            options = checkpoints.Options()
+            options = self.checkpoint.options if self.checkpoint else checkpoints.Options()
             return checkpoints.inspect(init, options).load().model.to(self.device)
         if self.checkpoint is None or self.checkpoint.fresh is None:
             raise BadInput(
@@ -260,7 +262,7 @@ def _carry_out(plan: Plan, audit: Audit | None, progress: Progress, place: Path)
     result.mkdir(exist_ok=True)
     run = Run(
         plan.checkpoint.task, plan.config.seed, plan.device, work, progress,
-        plan.config.save_every, plan.checkpoint,
+        plan.config.save_every, plan.config.out is not None, plan.checkpoint,
     )  # fmt: skip
     outcome = _begin(plan, result)
     stopwatch = _Stopwatch(outcome.seconds)
@@ -274,6 +276,8 @@ def _carry_out(plan: Plan, audit: Audit | None, progress: Progress, place: Path)
         subject = plan.checkpoint.load()
         subject.model.to(plan.device)
     run.notes += plan.checkpoint.notes
+    if plan.method.needs.state is Need.NO:  # it would not know what this request forgets
+        subject = subject.with_state({}, {})
     examine("original", subject.model)
     with stopwatch.phase("unlearn"):
         subject = plan.method.unlearn(subject, plan.request(), run)

@@ -113,7 +113,9 @@ def _with_adapters(model: nn.Module, task: Task, rank: int, alpha: float, seed: 
     ]
     if not targets:
         raise Unsupported(f"{type(model).__name__} has no layers for adapters: use scope all")
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules="|".join(map(re.escape, targets)), lora_dropout=0.0
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted: nn.Module = peft.get_peft_model(model, config)

@@ -4,7 +4,7 @@ A method states *terms*: which examples, which per-example loss, with which weig
 draws a batch per term and runs forward and backward term by term, micro-batch by micro-batch, so
 that two graphs are never alive together. A term's loss is the mean over its whole batch (over
 examples, or over units: the global token mean), so the result does not depend on how the batch
-is cut into micro-batches.
+is cut into micro-batches (in train mode, dropout and batch statistics still do).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from pydantic import ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from unlearn.errors import Collapsed
 from unlearn.interface import Subject
@@ -60,7 +61,8 @@ class Training:
     micro_batch_size: Annotated[
         int,
         Field(
-            ge=1, description="examples per forward pass; smaller needs less memory, same result"
+            ge=1,
+            description="examples per forward pass: costs memory, does not change the mean",
         ),
     ] = 16
     optimizer: Annotated[
@@ -99,7 +101,7 @@ class Training:
 
     def steps(self, examples: int) -> int:
         """Number of optimiser steps over ``examples``."""
-        return max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
+        return max(1, math.ceil(self.epochs * len(_cuts(examples, self.batch_size))))
 
     def trained(self, forget: int, retain: int) -> int:
         """Examples that go through forward and backward, for the cost estimate."""
@@ -153,8 +155,16 @@ def schedule(settings: Training, sizes: Sequence[int], run: Run) -> list[list[li
 def _shuffled_batches(size: int, take: int, draw: torch.Generator) -> Iterator[list[int]]:
     while True:
         order = torch.randperm(size, generator=draw).tolist()
-        for start in range(0, size, take):
-            yield order[start : start + take]
+        for start, end in _cuts(size, take):
+            yield order[start:end]
+
+
+def _cuts(size: int, take: int) -> list[tuple[int, int]]:
+    """One pass in batches; a last example left alone joins the batch before it."""
+    starts = list(range(0, size, take))
+    if len(starts) > 1 and size - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], size], strict=True))
 
 
 def descend(
@@ -183,6 +193,10 @@ def descend(
     steps = len(plan[0])
     accelerator = _accelerator(settings.precision, run.device)
     subject.model.train(dropout)
+    if settings.scope != "all":  # running statistics would move outside the scope
+        for module in subject.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
     with torch.random.fork_rng(), moving(
         subject, run.task, settings.scope, settings.lora_rank, settings.lora_alpha,
         run.seed_of("adapters"),
@@ -213,6 +227,7 @@ def descend(
                     grad_norm=float(norm), **numbers)  # fmt: skip
             run.progress.advance("unlearn", step + 1, steps, numbers)
             kept.save(step + 1, final=step + 1 == steps)
+        optimizer.zero_grad()
         run.log("trained", steps=steps, seconds=time.monotonic() - started)
     subject.model.eval()
     return subject
@@ -232,8 +247,9 @@ def _accumulate(
     mean_over = units if term.per == "unit" else len(indices)
     order = sorted(indices, key=lambda i: (int(examples[i]["length"]), i))  # less padding
     loss_sum = nll_sum = 0.0
-    for start in range(0, len(order), settings.micro_batch_size):
-        batch = examples.batch(order[start : start + settings.micro_batch_size], run.device)
+    pieces = math.ceil(len(order) / settings.micro_batch_size)
+    for piece in torch.tensor(order).chunk(pieces):  # even: batch statistics need more than one
+        batch = examples.batch(piece.tolist(), run.device)
         with accelerator.autocast():
             predictions = run.task.predictions(model, batch)
         loss = term.loss(predictions, batch).sum() * (term.weight / mean_over)
@@ -316,7 +332,7 @@ class _Kept:
 
     def save(self, step: int, *, final: bool) -> None:
         """Keep this step if it is the last, or if the last one kept is old enough."""
-        if self.run.work is None:
+        if self.run.work is None or not self.run.resumable:
             return
         if not final and time.monotonic() - self.saved < self.run.save_every:
             return

@@ -41,9 +41,9 @@ def test_pairing_removes_what_both_models_share() -> None:
 
 
 def test_overshooting_leaks_too() -> None:
-    assert criteria.auc_near(Bounds(0.02, 0.1), 0.5, "one half").verdict == "fail"
-    assert criteria.auc_near(Bounds(0.45, 0.55), 0.5, "one half").verdict == "pass"
-    assert criteria.auc_near(Bounds(0.9, 0.99), 0.5, "one half").verdict == "fail"
+    assert criteria.auc_near(Bounds(-0.48, -0.4), "one half").verdict == "fail"
+    assert criteria.auc_near(Bounds(-0.05, 0.05), "one half").verdict == "pass"
+    assert criteria.auc_near(Bounds(0.4, 0.49), "one half").verdict == "fail"
 
 
 def finding(verdict: str) -> Finding:
@@ -67,3 +67,12 @@ def test_every_check_must_pass(verdicts: list[str], wanted: str) -> None:
     verdict, reason = overall(tuple(finding(v) for v in verdicts))
     assert verdict == wanted
     assert reason
+
+
+def test_a_difference_is_no_surer_than_either_side() -> None:
+    ours, theirs = Bounds(0.4, 0.6), Bounds(0.2, 0.4)
+    both = criteria.difference(0.5, ours, 0.3, theirs)
+    assert both.low == pytest.approx(0.2 - np.hypot(0.1, 0.1))
+    assert both.high == pytest.approx(0.2 + np.hypot(0.1, 0.1))
+    fixed = criteria.difference(0.5, ours, 0.3, Bounds(0.3, 0.3))
+    assert fixed == pytest.approx((0.1, 0.3))

@@ -198,3 +198,25 @@ def test_compat_squares_batch_means_in_data_order() -> None:
     )
     for name, value in sums.items():
         assert torch.allclose(got[name], value, rtol=1e-12)
+
+
+def test_a_third_request_dampens_no_more_than_it_selects() -> None:
+    """Kept sums are of earlier weights; they must never make an unrelated weight look useless."""
+    retain = examples("retain", 40, 2)
+    subject = SSD(percentile=80).unlearn(
+        Subject(network()), request(examples("forget", 5, 1), retain), Run(retain.task)
+    )
+    total = sum(p.numel() for p in subject.model.parameters())
+    for seed in (3, 4, 5):
+        run = Run(retain.task)
+        forget = examples("forget", 5, seed)
+        subject = SSD(percentile=80).unlearn(subject, request(forget, None), run)
+        zeros = sum(int((p == 0).sum()) for p in subject.model.parameters())
+        assert zeros < 0.05 * total
+
+
+def test_compat_leaves_no_stale_state() -> None:
+    forget, retain = examples("forget", 5, 1), examples("retain", 20, 2)
+    first = SSD().unlearn(Subject(network()), request(forget, retain), Run(forget.task))
+    again = SSD(estimator="compat").unlearn(first, request(forget, retain), Run(forget.task))
+    assert not again.state

@@ -18,6 +18,7 @@ from unlearn.reference import ReferenceLogits, reference_nll
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
 from unlearn.tasks.causal_lm import CausalLM
+from unlearn.tasks.classification import Classification
 from unlearn.training import Term, Training, ascent, descend, likelihood, schedule
 
 WORLD = demo.people(seed=1, forget=1, retain=3, holdout=1)
@@ -204,3 +205,40 @@ def test_learning_rate_rises_then_falls() -> None:
     assert {training._factor(Training(warmup=0, schedule="constant"), s, 9) for s in range(9)} == {
         1
     }
+
+
+def test_batches_never_leave_a_single_example_alone() -> None:
+    assert training._cuts(9, 4) == [(0, 4), (4, 9)]
+    assert training._cuts(8, 4) == [(0, 4), (4, 8)]
+    assert training._cuts(10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert training._cuts(1, 4) == [(0, 1)]
+    assert Training(epochs=1, batch_size=4).steps(9) == 2
+
+
+def test_adapters_find_layers_whose_names_end_alike() -> None:
+    pytest.importorskip("peft")
+    nn = torch.nn
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 3)
+    )
+    task = Classification(3)
+    inputs = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    data = Encoded(load((inputs, torch.arange(12) % 3), "forget"), task)
+    head = model[2].weight.detach().clone()
+    settings = Training(epochs=2, scope="lora", lr=0.05)
+    descend(Subject(model), [Term("forget", data, ascent, "unit")], settings, Run(task))
+    assert torch.equal(model[2].weight, head)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_running_statistics_stay_where_the_scope_ends() -> None:
+    nn = torch.nn
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    task = Classification(3)
+    data = Encoded(load((torch.randn(9, 4), torch.arange(9) % 3), "retain"), task)
+    term = Term("retain", data, likelihood, "unit")
+    descend(Subject(model), [term], Training(epochs=1, scope="head"), Run(task), dropout=True)
+    assert torch.equal(model[1].running_mean, torch.zeros(8))
+    settings = Training(epochs=1, batch_size=4, micro_batch_size=3)
+    descend(Subject(model), [term], settings, Run(task), dropout=True)
+    assert not torch.equal(model[1].running_mean, torch.zeros(8))

@@ -14,9 +14,10 @@ n_all / n_forget, and a fixed alpha above that does nothing. By default alpha is
 p-th percentile of the ratios, with p = 100 - ln(1 + 100 n_forget / n_all) (Schoepf et al. 2024,
 arXiv 2402.10098).
 
-The sums behind I_all are kept as state: the next request reads its forget set alone, and its
-share is subtracted, which leaves exactly the sums over the data that remain. They stay those of
-the weights they were measured at.
+The sums behind I_all are kept as state, with the forget set's share subtracted: exactly the sums
+over the data that remain, at the weights they were measured at. The next request reads its forget
+set alone. Since dampening has moved the weights by then, its share is measured at other weights
+than the kept sums: they are raised to it where they are smaller, and never fall below zero.
 
 Cost: one forward and backward over forget and retain set, later requests over the forget set.
 """
@@ -101,7 +102,7 @@ class SSD:
         total = sum(p.numel() for p in parameters.values())
         run.note(f"{selected:,} of {total:,} weights ({selected / total:.2%}) were dampened.")
         if self.estimator == "compat":
-            return subject
+            return subject.with_state({}, {})
         rest = {name: (on_all[name] - on_forget[name]).clamp_min(0) for name in on_all}
         return subject.with_state(
             {PREFIX + name: value.float() for name, value in rest.items()},
@@ -134,7 +135,8 @@ class SSD:
                 f"Importances of all {count:,} remaining training records were kept by an earlier "
                 "run; only the forget set was read."
             )
-            return kept, count
+            # kept sums are those of earlier weights: what the forget set weighs now is a floor
+            return {n: torch.maximum(v, on_forget[n]) for n, v in kept.items()}, count
         if request.retain is None:
             raise BadInput("estimator compat keeps no state: pass --retain")
         retain = request.retain

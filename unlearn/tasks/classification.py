@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from unlearn.data import Row
 from unlearn.errors import BadInput, Unsupported, did_you_mean
@@ -201,7 +202,8 @@ def _forward(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {k: v for k, v in batch.items() if k not in {"labels", "units", "index"}}
     precision = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     inputs = {k: v.to(precision) if v.is_floating_point() else v for k, v in inputs.items()}
-    named = hasattr(model, "config")  # transformers models take keywords, others one input
+    inner = getattr(model, "get_base_model", lambda: model)()  # beneath adapters
+    named = isinstance(inner, PreTrainedModel)  # which take keywords; others take one input
     output = model(**inputs) if named else model(*inputs.values())
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits
