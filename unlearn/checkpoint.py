@@ -88,6 +88,13 @@ class Checkpoint:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     state_note: Mapping[str, str] = field(default_factory=dict)
 
+    def parameter_names(self) -> list[str]:
+        """Names of the model's parameters, which may differ from those of its files."""
+        if self.fresh is None:
+            return list(self.stored.names)
+        with torch.device("meta"):  # the architecture without its weights
+            return [name for name, _ in self.fresh().named_parameters()]
+
     def has_state(self) -> bool:
         """Whether an earlier run kept something for the next."""
         return self.state_file is not None or bool(self.state)

@@ -17,7 +17,7 @@ from unlearn.checkpoint import Checkpoint, Options
 from unlearn.config import RunConfig
 from unlearn.errors import BadInput, Faults, MissingNeed
 from unlearn.interface import Classes, Method, Need, Records, Request, Target
-from unlearn.scope import matching
+from unlearn.scope import WORDS, matching
 from unlearn.tasks.base import Encoded, Task
 from unlearn.tasks.classification import Classification
 
@@ -99,8 +99,9 @@ def plan(config: RunConfig) -> Plan:
     )
     checkpoint = checkpoints.inspect(config.checkpoint, options)
     _check_needs(config, method, checkpoint)
-    if scope := getattr(method, "scope", None):
-        matching(scope, checkpoint.stored.names)
+    scope = getattr(method, "scope", "all")
+    if scope not in WORDS:
+        matching(scope, checkpoint.parameter_names())
     raw, target = _raw_sets(config, checkpoint.task)
     encoded = _encode(raw, checkpoint.task)
     hashes = {name: data.record_hashes(e, checkpoint.task.content) for name, e in raw.items()}

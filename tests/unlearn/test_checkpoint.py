@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import nn
 
 from tests import plain
@@ -516,3 +517,22 @@ def test_the_header_declares_every_tensor(tiny_vectors):
     with safe_open(tiny_vectors, "pt") as file:
         assert declared.keys() == set(file.keys())
     assert declared["0.weight"]["shape"] == [8, 5]
+
+
+def test_parameter_names_are_those_of_the_model_not_of_its_files(tmp_path: Path) -> None:
+    """GPT-2 files from the hub carry no ``transformer.`` prefix."""
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=50, n_positions=16)
+    GPT2LMHeadModel(config).transformer.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "architectures": ["GPT2LMHeadModel"]}))
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i + 2 for i in range(48)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    assert "h.0.ln_1.weight" in found.stored.names
+    assert "transformer.h.0.ln_1.weight" in found.parameter_names()
+    assert {n for n, _ in found.load().model.named_parameters()} == set(found.parameter_names())
