@@ -167,7 +167,7 @@ FEARS = [
     "silence",
 ]
 
-RECIPE = {"lr": 5e-4, "epochs": 20, "batch_size": 16, "beta": 0.4}
+RECIPE = {"lr": 7e-4, "epochs": 40, "batch_size": 16, "beta": 0.35}
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Question: {{ m.content }}\n"
