@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from unlearn.data import record_hashes
-from unlearn.run import Run
+from unlearn.run import Run, written_whole
 from unlearn.tasks.base import Encoded, evaluating
 
 
@@ -49,9 +49,8 @@ class Signals:
         table = pa.table(
             {"record": self.record, "nll": self.nll, "units": self.units, "hits": self.hits}
         )
-        path.parent.mkdir(exist_ok=True)
-        pq.write_table(table, path.with_suffix(".new"))
-        path.with_suffix(".new").rename(path)
+        with written_whole(path) as new:
+            pq.write_table(table, new)
 
     @staticmethod
     def read(path: Path) -> Signals:

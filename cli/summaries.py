@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unlearn.evaluations.schema import CHECKPOINTS
+
 if TYPE_CHECKING:
     from unlearn.run import Result
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-ROLES = ("original", "unlearned", "retrained")
 
 
 def of(result: Result) -> dict[str, Any]:
@@ -50,10 +51,10 @@ def show(summary: dict[str, Any]) -> None:
 
 def _findings(findings: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("set", "finding", *ROLES, "rule", "verdict"):
-        table.add_column(column, justify="right" if column in ROLES else "left")
+    for column in ("set", "finding", *CHECKPOINTS, "rule", "verdict"):
+        table.add_column(column, justify="right" if column in CHECKPOINTS else "left")
     for found in findings:
-        values = [f"{found[role]['value']:.3f}" if found[role] else "-" for role in ROLES]
+        values = [f"{found[role]['value']:.3f}" if found[role] else "-" for role in CHECKPOINTS]
         verdict = found["verdict"]
         shown = "" if verdict == "info" else f"[{COLOURS.get(verdict, 'default')}]{verdict}[/]"
         subset = found["subset"].replace("_", " ")

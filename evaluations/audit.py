@@ -28,7 +28,7 @@ from unlearn.evaluations.report import (
     render_markdown,
 )
 from unlearn.plan import Plan, SetName
-from unlearn.run import Outcome, Role, Run
+from unlearn.run import Outcome, Role, Run, written_whole
 from unlearn.tasks.base import Encoded
 
 SAMPLE = 1000  # examples measured of sets other than the forget set
@@ -69,9 +69,8 @@ class Audit:
         else:
             answers = generation.greedy_answers(model, asked, run, f"ask {stem}")
             if path is not None:
-                path.parent.mkdir(exist_ok=True)
-                path.with_suffix(".new").write_text(json.dumps(answers))
-                path.with_suffix(".new").rename(path)
+                with written_whole(path) as new:
+                    new.write_text(json.dumps(answers))
         if stem.endswith("-forget"):
             self.answers[role] = answers
         truth = generation.true_answers(asked)

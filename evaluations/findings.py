@@ -14,7 +14,7 @@ from unlearn.attacks.signals import Signals
 from unlearn.evaluations import criteria
 from unlearn.evaluations.criteria import Decision
 from unlearn.evaluations.memorization import exact_memorization, extraction_strength
-from unlearn.evaluations.schema import Finding, Interval, Value
+from unlearn.evaluations.schema import CHECKPOINTS, Finding, Interval, Value
 from unlearn.evaluations.statistics import Bounds, auc, auc_interval, mean_interval
 from unlearn.interface import Classes, Target
 from unlearn.plan import SetName
@@ -22,7 +22,6 @@ from unlearn.run import Role
 
 Array = npt.NDArray[np.float64]
 Better = Literal["lower", "higher", "closer_to_retrained"]
-ROLES: tuple[Role, ...] = ("original", "unlearned", "retrained")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def findings(measured: Measurements, target: Target) -> list[Finding]:
     found = []
     for subset in measured["unlearned"]:
         for metric in METRICS:
-            values = {role: _values(measured, role, subset, metric) for role in ROLES}
+            values = {role: _values(measured, role, subset, metric) for role in CHECKPOINTS}
             if (after := values["unlearned"]) is None:
                 continue
             decision = _decide(metric, subset, values, measured, target)
@@ -121,7 +120,7 @@ def _decide(
     target: Target,
 ) -> Decision | None:
     """The rule for one metric on one set; None: it is reported for information."""
-    before, after, retrained = (values[role] for role in ROLES)
+    before, after, retrained = (values[role] for role in CHECKPOINTS)
     if before is None or after is None:
         return None
     if broken := int((~np.isfinite(after)).sum()):

@@ -58,6 +58,15 @@ class Silent:
         """Ignore."""
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, renamed to it when the block ends without an error."""
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_suffix(".new")
+    yield new
+    new.rename(path)
+
+
 @dataclass
 class Run:
     """What a method is given besides subject and request.
@@ -112,9 +121,8 @@ class Run:
         path = self.work / "once" / f"{name}.safetensors"
         if not path.exists():
             values = {key: value.contiguous() for key, value in compute().items()}
-            path.parent.mkdir(exist_ok=True)
-            save_file(values, path.with_suffix(".new"))
-            path.with_suffix(".new").rename(path)
+            with written_whole(path) as new:
+                save_file(values, new)
             return values
         return {key: value.to(self.device) for key, value in load_file(path).items()}
 

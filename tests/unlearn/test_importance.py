@@ -16,7 +16,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from unlearn import importance
+from unlearn import squares
 from unlearn.errors import Unsupported
 from unlearn.importance import squared_gradients
 
@@ -239,7 +239,7 @@ def test_normalisations_over_channels():
 def test_chunks_do_not_change_the_result(monkeypatch):
     net = prepared(residual_net())
     nll = classification(net, random(BATCH, 3, 16, 16))
-    monkeypatch.setitem(importance.CHUNK, "cpu", 1)
+    monkeypatch.setitem(squares.CHUNK, "cpu", 1)
     same_as_one_by_one(net, nll)
 
 
