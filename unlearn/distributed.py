@@ -202,11 +202,17 @@ def same(tensors: Iterable[Tensor]) -> None:
         _flat([t.detach() for t in tensors], lambda flat: dist.broadcast(flat, 0))
 
 
+def added(tensors: Iterable[Tensor]) -> None:
+    """Every tensor becomes its sum over the processes, in place."""
+    if world() > 1:
+        _flat(list(tensors), dist.all_reduce)
+
+
 def averaged(tensors: Iterable[Tensor]) -> None:
     """Every tensor becomes its mean over the processes, in place."""
+    values = list(tensors)
+    added(values)
     if world() > 1:
-        values = list(tensors)
-        _flat(values, dist.all_reduce)
         for value in values:
             value /= world()
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from unlearn.plan import Plan
+from unlearn.scope import is_lora
 from unlearn.tasks.base import Encoded
 
 PROBED = 16  # examples timed
@@ -119,7 +120,7 @@ def _on_paper(plan: Plan, examples: int) -> dict[str, str]:
     forget = plan.sets.forget
     length = forget.total_tokens() / len(forget)
     at_once = int(settings.get("micro_batch_size", 16) * length)
-    lora, again = settings.get("scope") == "lora", bool(settings.get("checkpointing"))
+    lora, again = is_lora(settings.get("scope")), bool(settings.get("checkpointing"))
     found = {
         f"{name} on {devices} x H100": f"about "
         f"{device_memory(SIZES[name], at_once, devices, lora=lora, checkpointing=again) / 1e9:.0f} "

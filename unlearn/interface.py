@@ -100,19 +100,34 @@ class Need(Enum):
 
 
 ALL_TASKS = ("causal_lm", "classification")
+ALL_TARGETS = ("records", "classes")
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks for. ``either`` names sets of which at least one must be given."""
+    """What a method asks for.
+
+    Attributes:
+        forget: the forget set.
+        retain: the retain set.
+        state: what an earlier run kept.
+        labels: of classifiers' records; NO: they are withheld, and records need none.
+        tasks: model families it works on.
+        targets: what it can forget: records, whole classes.
+        either: sets of which at least one must be given.
+    """
 
     forget: Need = Need.REQUIRED
     retain: Need = Need.OPTIONAL
     state: Need = Need.NO
+    labels: Need = Need.REQUIRED
     tasks: tuple[str, ...] = ALL_TASKS
+    targets: tuple[str, ...] = ALL_TARGETS
     either: tuple[str, ...] = ()
 
-    def faults(self, name: str, given: Mapping[str, bool], task: str) -> list[str]:
+    def faults(
+        self, name: str, given: Mapping[str, bool], task: str, target: str = "records"
+    ) -> list[str]:
         """Sentences for every need that ``given`` (set name -> present) does not meet."""
         found = [
             f"{name} needs a {what} set: pass --{what} (or --data with --forget-ids)"
@@ -125,6 +140,11 @@ class Needs:
             found.append(f"{name} needs one of: {', '.join(self.either)}")
         if task not in self.tasks:
             found.append(f"{name} works on {' and '.join(self.tasks)}, and this model is {task}")
+        if target not in self.targets:
+            found.append(
+                f"{name} forgets {' and '.join(self.targets)}, not {target}: "
+                + ("pass --forget-classes" if target == "records" else "pass --forget-ids")
+            )
         return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from unlearn import case as cases
@@ -14,6 +14,7 @@ from unlearn.config import RunConfig
 from unlearn.errors import Faults, MissingNeed
 from unlearn.interface import Method, Need, Request
 from unlearn.scope import WORDS, matching
+from unlearn.tasks.classification import Classification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,15 @@ class Plan(Case):
 
     def request(self) -> Request:
         """What the method gets to see: sets it declared NO for are withheld."""
-        needs = self.method.needs
+        needs, task = self.method.needs, self.checkpoint.task
+        sets = self.sets.forget, self.sets.retain
+        if isinstance(task, Classification) and needs.labels is not task.labels:
+            reading = task.reading(needs.labels)
+            sets = sets[0].as_read(reading), sets[1] and sets[1].as_read(reading)
         return Request(
             self.target,
-            None if needs.forget is Need.NO else self.sets.forget,
-            None if needs.retain is Need.NO else self.sets.retain,
+            None if needs.forget is Need.NO else sets[0],
+            None if needs.retain is Need.NO else sets[1],
         )
 
 
@@ -51,6 +56,8 @@ def plan(config: RunConfig) -> Plan:
     scope = getattr(method, "scope", "all")
     if scope not in WORDS:
         matching(scope, checkpoint.parameter_names())
+    if config.audit == "none" and isinstance(checkpoint.task, Classification):
+        checkpoint = replace(checkpoint, task=checkpoint.task.reading(method.needs.labels))
     case = cases.build(config, checkpoint)
     planned = Plan(
         **{f.name: getattr(case, f.name) for f in fields(Case)}
@@ -81,6 +88,7 @@ def _check_needs(config: RunConfig, method: Method, checkpoint: Checkpoint) -> N
             "nothing to forget was named: pass --forget, or --data with --forget-ids or "
             "--forget-classes"
         )
-    for fault in method.needs.faults(config.method, given, checkpoint.task.name):
+    target = "classes" if config.forget_classes else "records"
+    for fault in method.needs.faults(config.method, given, checkpoint.task.name, target):
         faults.add(fault)
     faults.check(MissingNeed)

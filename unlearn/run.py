@@ -25,7 +25,7 @@ from unlearn.checkpoint import Checkpoint
 from unlearn.errors import BadInput
 from unlearn.interface import Need, Subject
 from unlearn.plan import Plan
-from unlearn.scope import BETWEEN
+from unlearn.scope import BETWEEN, is_lora
 from unlearn.tasks.base import Encoded, Task
 from unlearn.workplace import (
     SAVED,
@@ -254,7 +254,7 @@ def _carry_out(plan: Plan, audit: Audit | None, progress: Progress, place: Path)
 
 
 def _keeps_adapter(plan: Plan) -> bool:
-    lora = getattr(plan.method, "scope", None) == "lora"
+    lora = is_lora(getattr(plan.method, "scope", None))
     return lora and not plan.config.merge and plan.checkpoint.source != checkpoints.MEMORY
 
 

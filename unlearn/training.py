@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from unlearn import distributed
 from unlearn.errors import Collapsed, Unsupported
 from unlearn.interface import Request, Subject
-from unlearn.scope import Moving, moving
+from unlearn.scope import SALIENCY, Moving, moving, share_of
 from unlearn.tasks.base import Batch, Encoded, Predictions, evaluating
 
 if TYPE_CHECKING:
@@ -98,7 +98,11 @@ class Training:
         Literal["fp32", "bf16"], Field(description="bf16: autocast over fp32 master weights")
     ] = "fp32"
     scope: Annotated[
-        str, Field(description="parameters that may move: all, head, lora, experts, or patterns")
+        str,
+        Field(
+            description="parameters that may move: all, head, lora, lora:PATTERN, saliency:SHARE, "
+            "experts, or patterns"
+        ),
     ] = "all"
     lora_rank: Annotated[int, Field(ge=1, description="rank of the adapters, with scope lora")] = 8
     lora_alpha: Annotated[
@@ -168,7 +172,9 @@ def ascent(predictions: Predictions, batch: Batch) -> Tensor:
     return -predictions.nll()
 
 
-def schedule(settings: Training, sizes: Sequence[int], run: Run) -> list[list[list[int]]]:
+def schedule(
+    settings: Training, sizes: Sequence[int], run: Run, phase: str = ""
+) -> list[list[list[int]]]:
     """Which examples every step uses: ``[term][step] -> indices``; a function of the seed alone.
 
     Every set is walked in shuffled passes; the first set's size decides the number of steps.
@@ -176,7 +182,7 @@ def schedule(settings: Training, sizes: Sequence[int], run: Run) -> list[list[li
     steps = settings.steps(sizes[0])
     plan = []
     for number, size in enumerate(sizes):
-        draw = run.generator(f"schedule/{number}")
+        draw = run.generator(f"schedule/{phase}{number}")
         take = min(settings.batch_size, size)
         passes = _shuffled_batches(size, take, draw)
         plan.append([next(passes) for _ in range(steps)])
@@ -204,9 +210,11 @@ def descend(
     settings: Training,
     run: Run,
     *,
+    phase: str = "",
     dropout: bool = False,
     before: Callable[[Moving, Callable[[], Numbers]], None] | None = None,
     reweigh: Callable[[int, list[float], Numbers], list[float]] | None = None,
+    after: Callable[[Moving, int, dict[str, Tensor]], None] | None = None,
 ) -> Subject:
     """Minimise the weighted sum of ``terms`` over the parameters in scope, in place.
 
@@ -215,6 +223,8 @@ def descend(
         terms: the objective; the first term's examples define an epoch.
         settings: the hyperparameters.
         run: seed, device, progress, and where to keep unfinished work.
+        phase: a word of letters for every one of several descents of one run; a killed run skips
+            those that were finished.
         dropout: train in train mode (dropout on, batch statistics updated). Off by default: a
             model that forgets must not renew its statistics on the forget set, and losses are
             compared with references computed without dropout.
@@ -222,12 +232,16 @@ def descend(
             computes the gradients of this step's batches; may move the parameters.
         reweigh: (steps done, weights, the step's numbers) -> the weights from now on. Terms of
             weight 0 are then computed, too.
+        after: called behind every step with the parameters that may move, the number of steps
+            done, and a dictionary of tensors of the caller's, kept with unfinished training.
 
     Raises:
         Collapsed: a loss or gradient is not finite, or a loss exploded.
-        Unsupported: with ``run.sharded``, ``before``, or a scope with entries of tensors.
+        Unsupported: with ``run.sharded``, ``before`` or ``after``, or a scope with parts of
+            tensors.
     """
-    plan = schedule(settings, [len(term.examples) for term in terms], run)
+    plan = schedule(settings, [len(term.examples) for term in terms], run, phase)
+    masks = _masks(subject, terms[0].examples, settings, run)
     steps = len(plan[0])
     subject.model.train(dropout)
     if settings.scope != "all":  # running statistics would move outside the scope
@@ -236,20 +250,22 @@ def descend(
                 module.eval()
     with torch.random.fork_rng(), moving(
         subject, run.task, settings.scope, settings.lora_rank, settings.lora_alpha,
-        run.seed_of("adapters"), run.adapter,
+        run.seed_of(f"adapters{phase}"), run.adapter, masks,
     ) as whole, _parted(
-        whole, terms, settings, run, plain=before is None
+        whole, terms, settings, run, plain=before is None and after is None
     ) as (moved, apply), _blocks(subject.model, settings, run):  # fmt: skip
         parameters = list(moved.parameters.values())
-        torch.manual_seed(run.seed_of("dropout") + distributed.rank())
+        torch.manual_seed(run.seed_of(f"dropout{phase}") + distributed.rank())
         optimizer = optimizer_for(moved, settings)
         guard = Guard(settings, run)
         weights = [term.weight for term in terms]
-        kept = _Kept(run, moved, optimizer, guard, weights, apply.whole)
+        memory: dict[str, Tensor] = {}
+        kept = _Kept(run, phase, moved, optimizer, guard, weights, memory, apply.whole)
 
         def gradients(step: int) -> Numbers:
             if before:  # which may have moved the parameters of this process by its own draws
                 distributed.same(parameters)
+                moved.settle()
             optimizer.zero_grad()
             numbers: Numbers = {}
             for term, batches, weight in zip(terms, plan, weights, strict=True):
@@ -267,16 +283,21 @@ def descend(
             if before:
                 before(moved, partial(gradients, step))
                 distributed.same(parameters)  # it may have drawn random numbers
+                moved.settle()
             numbers = gradients(step)
             norm = _clipped(parameters, settings.max_grad_norm)
             if not math.isfinite(norm):
                 raise Collapsed(collapse(step, "the gradient is not finite"))
             optimizer.step()
+            if after:
+                after(moved, step + 1, memory)
+            moved.settle()
             if reweigh:
                 weights[:] = reweigh(step + 1, weights, numbers)
-            run.log("step", step=step + 1, of=steps, lr=optimizer.param_groups[0]["lr"],
-                    grad_norm=norm, **numbers)  # fmt: skip
-            run.progress.advance("unlearn", step + 1, steps, numbers)
+            rate = optimizer.param_groups[0]["lr"]
+            run.log("step", phase=phase, step=step + 1, of=steps, lr=rate, grad_norm=norm,
+                    **numbers)  # fmt: skip
+            run.progress.advance(f"unlearn {phase}".strip(), step + 1, steps, numbers)
             kept.save(step + 1, final=step + 1 == steps)
         optimizer.zero_grad()
         run.log("trained", steps=steps, seconds=time.monotonic() - started)
@@ -284,6 +305,26 @@ def descend(
     distributed.averaged(b for m in norms for b in m.buffers() if b.is_floating_point())
     subject.model.eval()
     return subject
+
+
+def _masks(
+    subject: Subject, first: Encoded, settings: Training, run: Run
+) -> dict[str, Tensor] | None:
+    """Which single weights move, with scope saliency: by the gradient of the true answers."""
+    if not settings.scope.startswith(SALIENCY):
+        return None
+    if first.name != "forget":
+        raise Unsupported(f"scope {settings.scope} needs a method that trains on the forget set")
+    from unlearn.gradients import mean_gradient, salient
+
+    named, forget = dict(subject.model.named_parameters()), first.as_read()
+    share = share_of(settings.scope)
+
+    def compute() -> dict[str, Tensor]:
+        gradient = mean_gradient(subject.model, forget, named, run, settings.micro_batch_size)
+        return salient(gradient, share)
+
+    return run.once("saliency", compute)
 
 
 def _accumulate(
@@ -461,14 +502,17 @@ class _Kept:
     def __init__(
         self,
         run: Run,
+        phase: str,
         moved: Moving,
         optimizer: torch.optim.Optimizer,
         guard: Guard,
         weights: list[float],
+        memory: dict[str, Tensor],
         whole: bool,
     ) -> None:
         self.run, self.moved, self.optimizer, self.guard = run, moved, optimizer, guard
-        self.weights = weights
+        self.weights, self.memory = weights, memory
+        self.name = f"training-{phase}-" if phase else "training-"
         self.keeps = run.work is not None and run.resumable and whole
         self.saved = time.monotonic()
 
@@ -485,8 +529,9 @@ class _Kept:
         new = self.run.work / "training.new"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in self._tensors().items()},
-                  new / "weights.safetensors")  # fmt: skip
+        for name, tensors in (("weights", self._tensors()), ("memory", self.memory)):
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+                      new / f"{name}.safetensors")  # fmt: skip
         moments = {
             f"{i}.{key}": value.detach().cpu().contiguous()
             for i, slots in self.optimizer.state_dict()["state"].items()
@@ -499,13 +544,13 @@ class _Kept:
         save_file(moments, new / "optimizer.safetensors")
         progress = {"step": step, "first": self.guard.first, "weights": self.weights}
         (new / "step.json").write_text(json.dumps(progress))
-        new.rename(self.run.work / f"training-{step:09d}")
+        new.rename(self.run.work / f"{self.name}{step:09d}")
         for older in self._all()[:-1]:
             shutil.rmtree(older)
         self.saved = time.monotonic()
 
     def _all(self) -> list[Path]:
-        return sorted(self.run.work.glob("training-*")) if self.run.work else []
+        return sorted(self.run.work.glob(f"{self.name}[0-9]*")) if self.run.work else []
 
     def restore(self) -> int:
         """Go back to the newest step kept; returns the number of steps already done."""
@@ -516,6 +561,8 @@ class _Kept:
         with torch.no_grad():
             for name, value in self._tensors().items():
                 value.copy_(weights[name])
+        self.moved.settle()
+        self.memory.update(distributed.tensors_of_main(kept[-1] / "memory.safetensors"))
         moments = distributed.tensors_of_main(kept[-1] / "optimizer.safetensors")
         rng, rng_cuda = moments.pop("rng"), moments.pop("rng_cuda", None)
         if distributed.is_main():  # the others drew numbers of their own

@@ -300,6 +300,12 @@ class Encoded(Sequence[Encoding]):
         part._free = self._free
         return part
 
+    def as_read(self, task: Task | None = None) -> Encoded:
+        """The same records as the task reads them, or another one, whatever stood in for that."""
+        part = self.select(range(len(self)))
+        part.task, part._kept = task or self.task, {}
+        return part
+
     def replaced(self, encodings: Iterable[Encoding]) -> Encoded:
         """The same set read differently: ``encodings`` stand in for what the task would read."""
         part = self.select(range(len(self)))

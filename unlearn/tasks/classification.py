@@ -7,6 +7,7 @@ transformers classifier or any ``nn.Module`` that maps a batch of inputs to logi
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
@@ -20,7 +21,8 @@ from transformers import PreTrainedModel
 
 from unlearn.data import Row
 from unlearn.errors import BadInput, Unsupported, did_you_mean
-from unlearn.tasks.base import Batch, Encoding, Predictions, Task
+from unlearn.interface import Need
+from unlearn.tasks.base import IGNORED, Batch, Encoding, Predictions, Task
 
 KINDS = ("image", "text", "features")
 
@@ -37,6 +39,7 @@ class Classification(Task):
     """
 
     name = "classification"
+    labels = Need.REQUIRED
 
     def __init__(
         self, classes: int, names: Sequence[str] = (), processor: Any = None, max_length: int = 512
@@ -45,6 +48,20 @@ class Classification(Task):
         self.names = tuple(names)
         self.processor = processor
         self.max_length = max_length
+
+    def reading(self, labels: Need) -> Classification:
+        """The same task for records whose labels are required, optional, or never looked at.
+
+        An absent label counts for nothing: the loss of its record is 0.
+        """
+        other = copy.copy(self)
+        other.labels = labels
+        return other
+
+    def _labelled(self, row: Row) -> bool:
+        if self.labels is Need.REQUIRED:
+            return True
+        return self.labels is Need.OPTIONAL and row.get("label") is not None
 
     def label_index(self, label: Any) -> int:
         """A label as the model's class index.
@@ -68,11 +85,12 @@ class Classification(Task):
     def fault(self, row: Row) -> str | None:
         """Missing fields, labels out of range, inputs that are not what they claim to be."""
         kind = _kind(row)
-        if kind is None or "label" not in row:
+        if kind is None or (self.labels is Need.REQUIRED and "label" not in row):
             wanted = ", ".join(f"{kind}/label" for kind in KINDS)
             return f"it has the fields {', '.join(row)}; give {wanted}"
         try:
-            self.label_index(row["label"])
+            if self._labelled(row):
+                self.label_index(row["label"])
         except BadInput as error:
             return str(error)
         reads_text = hasattr(self.processor, "pad_token_id")
@@ -96,7 +114,8 @@ class Classification(Task):
             value = np.asarray(value).tobytes()
         else:
             value = str(value).encode()
-        return bytes(value) + b"\x00" + str(self.label_index(row["label"])).encode()
+        label = str(self.label_index(row["label"])).encode() if self._labelled(row) else b""
+        return bytes(value) + b"\x00" + label
 
     def encode(self, row: Row) -> Encoding:
         """Pixels, tokens or a vector, and the label."""
@@ -112,7 +131,8 @@ class Classification(Task):
             value = value if value.is_floating_point() else value.float()
             inputs = {"features": self.processor(value) if callable(self.processor) else value}
         length = len(inputs["input_ids"]) if "input_ids" in inputs else 1
-        return {**inputs, "label": self.label_index(row["label"]), "units": 1, "length": length}
+        label = self.label_index(row["label"]) if self._labelled(row) else IGNORED
+        return {**inputs, "label": label, "units": 1, "length": length}
 
     def _pixels(self, image: Any) -> Tensor:
         if isinstance(image, Tensor | np.ndarray):
