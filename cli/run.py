@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from unlearn.cli import console, settings, summaries
-from unlearn.config import RunConfig, configure
+from unlearn.config import RunConfig, configure, read_list
 from unlearn.errors import BadInput
 
 EXAMPLES = """\b
@@ -18,6 +18,7 @@ Examples:
   unlearn run MODEL --method ssd --data train.parquet --forget-classes cat --out runs/2
   unlearn run runs/1 --method ssd --data train.parquet --forget-ids 0:100 --out runs/3
   unlearn run --config run.yaml --set lr=2e-5 --dry-run
+  unlearn run MODEL --method acu --data train.parquet --requests requests.yaml --out runs/series
 """
 
 
@@ -25,10 +26,21 @@ Examples:
 @click.argument("checkpoint", required=False)
 @settings.options(RunConfig, "run", ("checkpoint",))
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of these settings")
+@click.option(
+    "--requests",
+    type=click.Path(path_type=Path),
+    help="YAML list of requests, each a mapping such as `forget_ids: 0:10`: carried out in turn, "
+    "every run on the output of the one before",
+)
 @click.option("--dry-run", is_flag=True, help="check everything, print the plan and its cost")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object on stdout")
 def command(
-    checkpoint: str | None, config: Path | None, dry_run: bool, as_json: bool, **flags: Any
+    checkpoint: str | None,
+    config: Path | None,
+    requests: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Make CHECKPOINT forget, and report what is left.
 
@@ -42,6 +54,8 @@ def command(
         raise BadInput("name the method: pass --method (`unlearn methods` lists them)")
     if given.get("out") is None and not dry_run:
         raise BadInput("say where the run directory goes: pass --out DIR")
+    if requests and dry_run:
+        raise BadInput("--dry-run is for a single request: a series checks all of its own first")
     with console.progress() as progress:
         console.hush()
         if dry_run:
@@ -49,6 +63,11 @@ def command(
             from unlearn.plan import plan
 
             summary = estimate(plan(configure(RunConfig, **given)))
+        elif requests:
+            from unlearn.evaluations.series import forget_all
+
+            done = forget_all(requests=read_list(requests), progress=progress, **given)
+            summary = summaries.of_series(done)
         else:
             import unlearn
 
@@ -57,6 +76,8 @@ def command(
         click.echo(json.dumps(summary, indent=2, default=str))
     elif dry_run:
         summaries.show_plan(summary)
+    elif requests:
+        summaries.show_series(summary)
     else:
         summaries.show(summary)
     summaries.leave(summary)

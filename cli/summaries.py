@@ -14,6 +14,7 @@ from unlearn.evaluations.schema import CHECKPOINTS
 
 if TYPE_CHECKING:
     from unlearn.evaluations.schema import Report
+    from unlearn.evaluations.series import Outcomes
     from unlearn.run import Result
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow", "invalid": "magenta"}
@@ -32,6 +33,16 @@ def of_run(result: Result) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "peak_memory_bytes": outcome.peak_memory,
         "notes": outcome.notes,
+    }
+
+
+def of_series(done: Outcomes) -> dict[str, Any]:
+    """A series of requests as plain values."""
+    return {
+        "directory": str(done.directory),
+        "verdict": done.verdict,
+        "verdicts": done.verdicts,
+        **done.series.model_dump(mode="json"),
     }
 
 
@@ -68,6 +79,37 @@ def show(summary: dict[str, Any]) -> None:
         out.print(f"Model:  {escape(summary['model'])}", soft_wrap=True)
     if summary["findings"]:
         out.print(f"Report: {escape(str(directory / 'report.html'))}", soft_wrap=True)
+
+
+def show_series(summary: dict[str, Any]) -> None:
+    """Every request, the worst moments, and where things are."""
+    out = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("request", justify="right")
+    table.add_column("to be forgotten")
+    for column in ("its records", "worst of all forgotten", "retained", "holdout", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for moment in summary["moments"]:
+        done = moment["request"]
+        gone = moment["forget"][:done]
+        verdict = (summary["verdicts"][done - 1] if done else "") or ""
+        numbers = [*([gone[-1], max(gone)] if gone else [None, None]), moment["retain"],
+                   moment["holdout"]]  # fmt: skip
+        seconds = moment["seconds"]
+        table.add_row(
+            str(done or "before"), escape(moment["target"]),
+            *("-" if n is None else f"{n:.3f}" for n in numbers),
+            "-" if seconds is None else f"{seconds:.1f}", verdict,
+        )  # fmt: skip
+    out.print(table)
+    out.print(f"\nValues: {summary['unit']}.")
+    for name, value in summary["worst"].items():
+        out.print(f"{name[0].upper()}{name[1:]}: {value:.3f}", soft_wrap=True)
+    last = Path(summary["directory"]) / f"{len(summary['verdicts']):03d}"
+    out.print(f"\nModel:  {escape(str(last / 'model'))}", soft_wrap=True)
+    if summary["verdict"]:
+        out.print(f"Report: {escape(str(last / 'report.html'))}", soft_wrap=True)
 
 
 def _findings(findings: list[dict[str, Any]], width: int) -> Table:

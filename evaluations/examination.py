@@ -40,6 +40,7 @@ from unlearn.evaluations.schema import (
     Hyperparameter,
     RecordSet,
     Report,
+    Series,
     TrajectoryPoint,
 )
 from unlearn.interface import Subject
@@ -63,6 +64,7 @@ class Examination:
         self.weights: dict[Role, dict[str, str]] = {}
         self.decoder: Any = None
         self.recipe: Retrain | None = None
+        self.series: Series | None = None
 
     def prepare(self, case: Case) -> None:
         """Refuse what would fail later.
@@ -130,6 +132,7 @@ class Examination:
             trajectory=_trajectory(directory.parent / "work" / "metrics.jsonl"),
             curves=exposure.curves(scores, tuple(drawn)),
             layers=within.figures(),
+            series=self.series,
             exposed=exposure.exposed(scores),
             examples=self._examples(case) if case.config.include_examples else None,
             criteria=self.criteria.text,

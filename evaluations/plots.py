@@ -257,6 +257,47 @@ def by_layer(series: Mapping[str, Sequence[float | None]], unit: str, label: str
         return Drawing(_svg(figure, label), f"Highest value: {', '.join(peaks)}.")
 
 
+def over_requests(
+    retained: Sequence[float | None], forgotten: Sequence[Sequence[float]], unit: str, label: str
+) -> Drawing:
+    """What stays and what is gone, after each request of a series.
+
+    Args:
+        retained: One value before the first request and one after each; None where not measured.
+        forgotten: For each of the same moments, a value of every request carried out by then. Their
+            mean is drawn within the band from the smallest to the largest.
+        unit: Of the values, which lie between 0 and 1.
+        label: What the figure shows, for readers who do not see it.
+
+    Returns:
+        The figure and a note on where both ended.
+    """
+    kept = np.array([math.nan if value is None else value for value in retained])
+    later = [(i, np.asarray(values)) for i, values in enumerate(forgotten) if len(values)]
+    note = f"{later[-1][1].mean():.3g} on what was forgotten at the end"
+    if _finite(retained).size:
+        note += f", {kept[-1]:.3g} on what is retained ({kept[0]:.3g} at first)"
+
+    with _style():
+        figure, axes = _axes(2.3)
+        x = [i for i, _ in later]
+        low, high = ([float(f(v)) for _, v in later] for f in (np.min, np.max))
+        axes.fill_between(x, low, high, color=INK["unlearned"], alpha=0.16, linewidth=0)
+        marks: dict[str, Any] = {"marker": "o", "markersize": 2.8, "markeredgewidth": 0}
+        mean = [float(v.mean()) for _, v in later]
+        axes.plot(x, mean, color=INK["unlearned"], clip_on=False, **marks, **STYLES["unlearned"])
+        axes.plot(
+            np.arange(kept.size), kept, color=INK["original"], clip_on=False, **marks,
+            **STYLES["original"],
+        )  # fmt: skip
+        axes.set_ylim(0, 1)
+        axes.set_xlim(0, max(1, kept.size - 1))
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("requests carried out")
+        axes.set_ylabel(unit)
+        return Drawing(_svg(figure, label), f"{note}.")
+
+
 def strip(marks: Sequence[Mark]) -> str:
     """A finding on one line: the checkpoints' values with their intervals on a shared scale.
 

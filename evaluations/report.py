@@ -149,6 +149,7 @@ def render_html(report: Report) -> str:
             if any(getattr(distribution, name) for distribution in report.distributions)
         ],
         terms=_term_figures(report),
+        course=_series_figure(report),
         labels={"verdicts": VERDICTS, "better": BETTER, "subsets": SUBSETS, "groups": GROUPS},
         checkpoints=CHECKPOINTS,
     )
@@ -373,6 +374,18 @@ def _term_figures(report: Report) -> list[dict[str, Any]]:
         )
         figures.append(_figure(name, drawing))
     return figures
+
+
+def _series_figure(report: Report) -> dict[str, Any] | None:
+    """What stays and what is gone over the requests of a series."""
+    if report.series is None:
+        return None
+    moments = report.series.moments
+    retained = [moment.retain for moment in moments]
+    forgotten = [[v for v in m.forget[: m.request] if v is not None] for m in moments]
+    label = "Accuracy on what was forgotten and on what is retained, request by request"
+    drawing = plots.over_requests(retained, forgotten, report.series.unit, label)
+    return _figure("Request by request", drawing, now=moments[-1].request)
 
 
 def _figure(title: str, drawing: plots.Drawing, **more: Any) -> dict[str, Any]:

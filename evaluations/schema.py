@@ -289,6 +289,40 @@ class Example(_Record):
     retrained: str | None = None
 
 
+class Moment(_Record):
+    """How a model of a series stands on everything that was or will be asked.
+
+    Attributes:
+        request: Requests carried out so far; 0 for the model before the first.
+        target: What the last of them named.
+        forget: One value for the forget set of each request of the series, in their order.
+        retain: On records that every request retains.
+        holdout: On unseen records.
+        seconds: What the last request took, without the audit.
+    """
+
+    request: int = Field(ge=0)
+    target: str = ""
+    forget: Numbers
+    retain: Number = None
+    holdout: Number = None
+    seconds: float | None = Field(default=None, ge=0)
+
+
+class Series(_Record):
+    """Requests one after another on one lineage, and the worst moments along the way.
+
+    Attributes:
+        unit: Of all values: the share of answers, or of their tokens, that the model gets right.
+        moments: The model before the first request and after each.
+        worst: Numbers over all moments, by their meaning.
+    """
+
+    unit: str
+    moments: tuple[Moment, ...]
+    worst: dict[str, float] = Field(default_factory=dict)
+
+
 class Report(_Record):
     """Everything a reader needs to judge one erasure, except the erased data.
 
@@ -315,6 +349,7 @@ class Report(_Record):
         layers: What probes read from each layer.
         exposed: The records that are most exposed.
         trajectory: Training terms over the steps.
+        series: The requests so far; None where this is the only one.
         examples: Texts before and after; None unless they were asked for.
         checkpoint_in: Fingerprint of the original checkpoint.
         checkpoint_out: Fingerprint of the unlearned checkpoint.
@@ -342,6 +377,7 @@ class Report(_Record):
     layers: tuple[Layers, ...] = ()
     exposed: tuple[Exposed, ...] = ()
     trajectory: tuple[TrajectoryPoint, ...] = ()
+    series: Series | None = None
     examples: tuple[Example, ...] | None = None
     checkpoint_in: str
     checkpoint_out: str

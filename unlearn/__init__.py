@@ -12,9 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from unlearn.evaluations.series import Outcomes
     from unlearn.run import Progress, Result
 
-__all__ = ["forget"]
+__all__ = ["forget", "forget_all"]
 
 
 def forget(checkpoint: Any, *, progress: Progress | None = None, **settings: Any) -> Result:
@@ -43,3 +46,19 @@ def forget(checkpoint: Any, *, progress: Progress | None = None, **settings: Any
     config = configure(RunConfig, checkpoint=checkpoint, **settings)
     examination = Examination(config.criteria) if config.audit != "none" else None
     return execute(plan(config), examination, progress)
+
+
+def forget_all(
+    checkpoint: Any,
+    requests: Sequence[Mapping[str, Any]],
+    *,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Outcomes:
+    """Carry out requests one after another, as ``unlearn run --requests`` does.
+
+    See :func:`unlearn.evaluations.series.forget_all`.
+    """
+    from unlearn.evaluations import series
+
+    return series.forget_all(checkpoint, requests, progress=progress, **settings)

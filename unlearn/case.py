@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -119,6 +119,11 @@ def build(config: CaseConfig, checkpoint: Checkpoint, **made: Any) -> Case:
             together.
     """
     raw, target = _raw_sets(config, checkpoint.task)
+    before = getattr(config, "unlearned", None)
+    known = checkpoints.inspect(before, options(config)) if before is not None else checkpoint
+    again = isinstance(target, Classes) and before is None
+    raw, notes = _without_forgotten(raw, known, ("retain", "forget") if again else ("retain",))
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
     encoded = _encode(raw, checkpoint.task)
     hashes = {name: data.record_hashes(e, checkpoint.task.content) for name, e in raw.items()}
     _check_overlap(raw, hashes)
@@ -126,7 +131,7 @@ def build(config: CaseConfig, checkpoint: Checkpoint, **made: Any) -> Case:
     for name in others:
         source = getattr(config, name, None)
         if source is not None:
-            other = checkpoints.inspect(source, options(config))
+            other = known if name == "unlearned" else checkpoints.inspect(source, options(config))
             _check_same_kind(checkpoint.task, other.task, source)
             _encode(raw, other.task)
             others[name] = other
@@ -231,6 +236,34 @@ def _raw_sets(config: CaseConfig, task: Task) -> tuple[dict[str, data.Examples],
         sets["holdout"] = data.load(config.holdout, "holdout", config.columns)
     target = classes or Records(len(sets["forget"]))
     return sets, target
+
+
+def _without_forgotten(
+    raw: dict[str, data.Examples], checkpoint: Checkpoint, names: Sequence[str]
+) -> tuple[dict[str, data.Examples], list[str]]:
+    """The sets without what earlier requests forgot, and what was left out.
+
+    It is not retained again, and a class is forgotten without those of its records that are gone
+    already. Records that were named are taken at their word.
+    """
+    kept, notes, key = dict(raw), list[str](), checkpoint.record_key
+    if not checkpoint.forgotten or key is None:
+        return kept, notes
+    content = checkpoint.task.content
+    _encode(raw, checkpoint.task)  # every content can be read
+    named = set(data.record_hashes(raw["forget"], content, key))  # audited: this run forgot them
+    for name in set(names) & raw.keys():
+        hashes = data.record_hashes(raw[name], content, key)
+        gone = checkpoint.forgotten - (named if name == "retain" else set())
+        left = [i for i, h in enumerate(hashes) if h not in gone]
+        if not left:
+            raise BadInput(f"earlier requests forgot every record of the {name} set already")
+        if out := len(hashes) - len(left):
+            kept[name] = raw[name].select(left)
+            notes.append(
+                f"{out:,} records that earlier requests forgot were left out of the {name} set."
+            )
+    return kept, notes
 
 
 def _classes(text: str, task: Task, examples: data.Examples) -> Classes:

@@ -45,6 +45,7 @@ from unlearn.weights import (
 )
 
 ADAPTER, ADAPTED, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+FORGOTTEN = "forgotten.txt"
 MEMORY = "memory"  # the source of what was handed over as an object
 LONGEST = 2048  # tokens, where neither model nor user sets a limit
 
@@ -77,6 +78,7 @@ class Checkpoint:
         options: how it was read.
         state: what an earlier request kept, for a subject in memory; ``state_note`` its facts.
         made_by: the method of the run that made it and its hyperparameters; None if unknown.
+        forgotten: hashes, keyed with ``record_key``, of what the runs that made it forgot.
     """
 
     source: str
@@ -94,6 +96,7 @@ class Checkpoint:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     state_note: Mapping[str, str] = field(default_factory=dict)
     made_by: tuple[str, Mapping[str, Any]] | None = None
+    forgotten: frozenset[bytes] = frozenset()
 
     def parameter_names(self) -> list[str]:
         """Names of the model's parameters, which may differ from those of its files."""
@@ -170,6 +173,8 @@ def _from_run(run: Path, options: Options) -> Checkpoint:
         made = json.loads((run / "run.json").read_text())
         lineage = tuple(json.loads((run / "lineage.json").read_text()))
         record_key = bytes.fromhex(key.read_text().strip()) if key.exists() else None
+        gone = (run / FORGOTTEN).read_text().split() if (run / FORGOTTEN).exists() else []
+        forgotten = frozenset(map(bytes.fromhex, gone))
         model = run / "model" / WEIGHTS if made["model_kind"] == "module" else run / "model"
         before = made["options"]
         made_by = made["method"], made["hyperparameters"]
@@ -189,6 +194,7 @@ def _from_run(run: Path, options: Options) -> Checkpoint:
         state_file=state if state.exists() else None,
         record_key=record_key,
         made_by=made_by,
+        forgotten=forgotten,
     )
 
 

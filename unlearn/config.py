@@ -170,12 +170,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: no such file, or not a mapping.
     """
-    if not path.is_file():
-        raise BadInput(f"the configuration {path} does not exist: check the path")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    settings = _yaml(path, "configuration")
     if not isinstance(settings, dict):
         raise BadInput(f"{path} must hold settings as `name: value` lines")
     return {str(name): value for name, value in settings.items()}
+
+
+def read_list(path: Path) -> list[Any]:
+    """The items of a YAML or JSON file that holds a list.
+
+    Raises:
+        BadInput: no such file, or not a list.
+    """
+    items = _yaml(path, "list")
+    if not isinstance(items, list):
+        raise BadInput(f"{path} must hold a list, such as `- forget_classes: cat` lines")
+    return items
+
+
+def _yaml(path: Path, what: str) -> Any:
+    if not path.is_file():
+        raise BadInput(f"the {what} {path} does not exist: check the path")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}") from error

@@ -38,8 +38,12 @@ class Plan(Case):
         )
 
 
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig, checkpoint: Checkpoint | None = None) -> Plan:
     """Resolve and check everything; reads data and headers, loads no weights.
+
+    Args:
+        config: what is asked.
+        checkpoint: the one that ``config`` names, when it was looked at already.
 
     Raises:
         BadInput: whatever is wrong with flags, files or records.
@@ -51,7 +55,7 @@ def plan(config: RunConfig) -> Plan:
     method = registry.build(config.method, hyperparameters)
     if config.out is not None:
         cases.check_out(Path(config.out))
-    checkpoint = checkpoints.inspect(config.checkpoint, cases.options(config))
+    checkpoint = checkpoint or checkpoints.inspect(config.checkpoint, cases.options(config))
     _check_needs(config, method, checkpoint)
     scope = getattr(method, "scope", "all")
     if scope not in WORDS:

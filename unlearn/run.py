@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unlearn import checkpoint as checkpoints
-from unlearn import distributed, manifest, weights
+from unlearn import data, distributed, manifest, weights
 from unlearn.case import Case
 from unlearn.checkpoint import Checkpoint
 from unlearn.errors import BadInput
@@ -298,7 +298,7 @@ def _kind(model: Path) -> str:
 
 
 def _write_records(plan: Plan, outcome: Outcome, work: Path, result: Path) -> None:
-    """run.json, lineage.json, metrics.jsonl and the checksums: the directory is complete."""
+    """The run's facts, its lineage, what was forgotten so far, and checksums: it is complete."""
     entry = {
         "created": outcome.created,
         "method": plan.config.method,
@@ -332,6 +332,10 @@ def _write_records(plan: Plan, outcome: Outcome, work: Path, result: Path) -> No
     (result / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
     lineage = [*plan.checkpoint.lineage, entry]
     (result / "lineage.json").write_text(json.dumps(lineage, indent=2, default=str) + "\n")
+    forget = plan.sets.forget
+    hashes = data.record_hashes(forget.examples, forget.task.content, outcome.record_key)
+    forgotten = sorted(h.hex() for h in {*hashes, *plan.checkpoint.forgotten})
+    (result / checkpoints.FORGOTTEN).write_text("\n".join(forgotten) + "\n")
     metrics = work / "metrics.jsonl"
     (result / "metrics.jsonl").write_text(metrics.read_text() if metrics.exists() else "")
     manifest.write(result)
