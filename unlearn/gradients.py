@@ -5,14 +5,19 @@ Everything here is in eval mode, over the parameters given, and leaves the model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unlearn import distributed
+from unlearn.errors import Unsupported
 from unlearn.run import Run
-from unlearn.tasks.base import Encoded
+from unlearn.scope import ENTRY, SALIENCY, is_lora, matching
+from unlearn.tasks.base import IGNORED, Batch, Encoded, Task
 
 
 def mean_gradient(
@@ -81,3 +86,132 @@ def salient(gradient: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     chosen[ties[: count - int(chosen.sum())]] = True
     parts = torch.split(chosen, [g.numel() for g in gradient.values()])
     return {n: part.view(g.shape) for (n, g), part in zip(gradient.items(), parts, strict=True)}
+
+
+def in_scope(model: nn.Module, task: Task, scope: str) -> dict[str, nn.Parameter]:
+    """The parameters a scope names, by name, each as a whole.
+
+    Args:
+        model: the network.
+        task: knows the output layer.
+        scope: all, head, experts or patterns.
+
+    Raises:
+        BadInput: no parameter matches.
+        Unsupported: lora, saliency, or entries of tensors.
+    """
+    if is_lora(scope) or scope.startswith(SALIENCY) or any(map(ENTRY.search, scope.split())):
+        raise Unsupported(
+            f"scope {scope}: this method moves whole weights; use all, head, patterns"
+        )
+    named = dict(model.named_parameters())
+    if scope == "head":
+        head = {id(p) for p in task.output_layer(model).parameters()}
+        return {name: p for name, p in named.items() if id(p) in head}
+    return {name: named[name] for name in matching(scope, named)}
+
+
+Curvature = Literal["gauss_newton", "hessian"]
+
+
+def curvature_product(
+    model: nn.Module,
+    examples: Encoded,
+    parameters: Mapping[str, nn.Parameter],
+    vector: Mapping[str, Tensor],
+    run: Run,
+    *,
+    kind: Curvature = "gauss_newton",
+    batch_size: int = 64,
+) -> dict[str, Tensor]:
+    """The curvature of the mean NLL per example times a vector; the matrix is never formed.
+
+    hessian: two backward passes (Pearlmutter 1994). gauss_newton: the sum over units of
+    J^T (diag(p) - p p^T) J, with J the derivative of the logits and p the probabilities
+    (Schraudolph 2002): positive semi-definite for every network, equal to the Hessian where logits
+    are linear in the parameters, and to the Fisher information.
+
+    Args:
+        model: the network, on ``run.device``.
+        examples: the set the mean is over.
+        parameters: those the curvature is about, by name.
+        vector: one tensor per parameter, of its shape.
+        run: the task, device and progress.
+        kind: which matrix.
+        batch_size: examples per pass; does not change the result.
+
+    Returns:
+        By name, in the parameter's shape and precision.
+    """
+    times = _gauss_newton_times if kind == "gauss_newton" else _hessian_times
+    totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    directions = [vector[name] for name in parameters]
+    # fused attention kernels cannot be differentiated twice
+    with _only(model, parameters), sdpa_kernel(SDPBackend.MATH):
+        for number, indices in enumerate(run.batches(examples, "curvature", batch_size)):
+            if number % distributed.world() != distributed.rank():
+                continue
+            batch = examples.batch(indices, run.device)
+            found = times(model, batch, list(parameters.values()), directions, run.task)
+            for total, part in zip(totals.values(), found, strict=True):
+                if part is not None:
+                    total += part / len(examples)
+    distributed.added(totals.values())
+    return totals
+
+
+def _hessian_times(
+    model: nn.Module, batch: Batch, wanted: list[nn.Parameter], vector: list[Tensor], task: Task
+) -> list[Tensor | None]:
+    loss = task.predictions(model, batch, dense=True).nll().sum()
+    first = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+    return _derivative(_along(first, vector), wanted)
+
+
+def _gauss_newton_times(
+    model: nn.Module, batch: Batch, wanted: list[nn.Parameter], vector: list[Tensor], task: Task
+) -> list[Tensor | None]:
+    predictions = task.predictions(model, batch, dense=True)
+    logits = predictions.logits[predictions.labels != IGNORED]
+    # u -> J^T u is linear: its derivative along the vector is J times the vector
+    anything = torch.zeros_like(logits, requires_grad=True)
+    back = torch.autograd.grad(logits, wanted, anything, create_graph=True, allow_unused=True)
+    (forward,) = _derivative(_along(back, vector), [anything])
+    if forward is None:
+        return [None] * len(wanted)
+    p = logits.detach().softmax(-1)
+    inner = p * (forward - (p * forward).sum(-1, keepdim=True))
+    return list(torch.autograd.grad(logits, wanted, inner, allow_unused=True))
+
+
+def _along(gradients: tuple[Tensor | None, ...], vector: list[Tensor]) -> list[Tensor]:
+    pairs = zip(gradients, vector, strict=True)
+    return [(g * v).sum() for g, v in pairs if g is not None and g.requires_grad]
+
+
+def _derivative(
+    summands: list[Tensor], of: list[nn.Parameter] | list[Tensor]
+) -> list[Tensor | None]:
+    if not summands:
+        return [None] * len(of)
+    total = torch.stack(summands).sum()
+    return list(torch.autograd.grad(total, of, retain_graph=True, allow_unused=True))
+
+
+@contextmanager
+def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Eval mode, and gradients of these parameters alone, while this lasts."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    wanted = {id(p) for p in parameters.values()}
+    try:
+        model.eval()
+        for p in flags:
+            p.requires_grad_(id(p) in wanted)
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
