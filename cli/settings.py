@@ -14,7 +14,9 @@ from unlearn.config import CaseConfig, read_yaml
 from unlearn.errors import BadInput
 
 # settings that take key=value pairs, with the word that stands for one
-MAPPINGS = {"set": "KEY=VALUE", "columns": "FIELD=COLUMN", "training": "KEY=VALUE"}
+MAPPINGS = {
+    "set": "KEY=VALUE", "columns": "FIELD=COLUMN", "training": "KEY=VALUE", "sampling": "KEY=VALUE",
+}  # fmt: skip
 FLAGS = {"columns": "--column"}  # given once per pair
 
 

@@ -254,7 +254,7 @@ def _watched(configs: Sequence[RunConfig]) -> tuple[Watch, str]:
     if last.sets.holdout:
         unseen = last.sets.holdout
         if classes:
-            labels = map(last.checkpoint.task.label_index, unseen.examples.column("label"))  # type: ignore[attr-defined]
+            labels = map(last.checkpoint.task.label_index, unseen.examples.column("label"))
             unseen = unseen.select([i for i, label in enumerate(labels) if label not in classes])
         watch.sets["holdout"] = unseen.sample(WATCHED, configs[0].seed)
     return watch, hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_model
 
-from tests import plain
+from tests import digits, plain
 from unlearn import demo
 from unlearn.interface import Subject
 from unlearn.weights import save
@@ -101,3 +102,26 @@ def tiny_vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         save_model(plain.factory(), str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def digits_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a class-conditional diffusion pipeline of digits; do not write into it.
+
+    Trained once for all workers of a session.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    directory = shared / "digits-ddpm"
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            digits.save(digits.trained(), shared / "unfinished")
+            (shared / "unfinished").rename(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def digits_judge() -> digits.Judge:
+    """A classifier of digits."""
+    return digits.judge()

@@ -19,9 +19,10 @@ from unlearn import data, distributed, registry
 from unlearn.checkpoint import Checkpoint, Options
 from unlearn.config import AuditConfig, CaseConfig
 from unlearn.errors import BadInput, Faults
-from unlearn.interface import Classes, Method, Records, Target
+from unlearn.interface import Classes, Concepts, Method, Records, Target
 from unlearn.tasks.base import Encoded, Task
 from unlearn.tasks.classification import Classification
+from unlearn.tasks.diffusion import Diffusion
 
 SetName = Literal["forget", "retain", "holdout", "holdout_forget"]
 
@@ -107,8 +108,9 @@ BY_CONTENT = (
 def options(config: CaseConfig) -> Options:
     """How the checkpoints of a case are read."""
     return Options(
-        config.model, config.task, config.trust_remote_code, config.max_length, config.chat_template
-    )
+        config.model, config.task, config.trust_remote_code, config.max_length,
+        config.chat_template, config.sampling.get("null_class"),
+    )  # fmt: skip
 
 
 def build(config: CaseConfig, checkpoint: Checkpoint, **made: Any) -> Case:
@@ -118,12 +120,14 @@ def build(config: CaseConfig, checkpoint: Checkpoint, **made: Any) -> Case:
         BadInput: whatever is wrong with files or records, or checkpoints that do not belong
             together.
     """
-    raw, target = _raw_sets(config, checkpoint.task)
+    raw, target, warnings = _raw_sets(config, checkpoint.task)
+    if isinstance(checkpoint.task, Diffusion):
+        checkpoint.task.anchor = target.anchor if isinstance(target, Classes) else config.anchor
     before = getattr(config, "unlearned", None)
     known = checkpoints.inspect(before, options(config)) if before is not None else checkpoint
     again = isinstance(target, Classes) and before is None
     raw, notes = _without_forgotten(raw, known, ("retain", "forget") if again else ("retain",))
-    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *warnings, *notes))
     encoded = _encode(raw, checkpoint.task)
     hashes = {name: data.record_hashes(e, checkpoint.task.content) for name, e in raw.items()}
     _check_overlap(raw, hashes)
@@ -133,7 +137,7 @@ def build(config: CaseConfig, checkpoint: Checkpoint, **made: Any) -> Case:
         if source is not None:
             other = known if name == "unlearned" else checkpoints.inspect(source, options(config))
             _check_same_kind(checkpoint.task, other.task, source)
-            _encode(raw, other.task)
+            _encode(raw, _as_labelled(other.task, checkpoint.task))
             others[name] = other
     return Case(
         config, checkpoint, others["unlearned"], others["retrained"],
@@ -187,6 +191,13 @@ def check_out(out: Path) -> None:
         raise BadInput(f"the folder {out.absolute().parent} does not exist: create it first")
 
 
+def _as_labelled(task: Task, like: Task) -> Task:
+    """A classification task that needs labels no more than another one does."""
+    if isinstance(task, Classification) and isinstance(like, Classification):
+        return task.reading(like.labels)
+    return task
+
+
 def _check_same_kind(task: Task, other: Task, source: Any) -> None:
     if type(other) is not type(task):
         raise BadInput(f"{source} is not of the same kind as the original checkpoint")
@@ -199,43 +210,54 @@ def _check_same_kind(task: Task, other: Task, source: Any) -> None:
             )
 
 
-def _raw_sets(config: CaseConfig, task: Task) -> tuple[dict[str, data.Examples], Target]:
-    if config.forget is None and config.data is None:
+def _raw_sets(config: CaseConfig, task: Task) -> tuple[dict[str, data.Examples], Target, list[str]]:
+    """The sets, what must go, and warnings about it."""
+    generates = isinstance(task, Diffusion)
+    named = bool(config.forget_classes or config.forget_concepts)
+    if config.forget is None and config.data is None and not (generates and named):
         raise BadInput("nothing to forget was named: pass --forget, or --data with --forget-ids")
     ways = [config.forget is not None, bool(config.forget_ids), bool(config.forget_classes)]
-    if sum(ways) > 1:
+    if sum(ways) > 1 or (config.forget_classes and config.forget_concepts):
         raise BadInput("name the forget set one way: --forget, --forget-ids or --forget-classes")
-    if (config.forget_ids or config.forget_classes) and config.data is None:
+    if (config.forget_ids or (config.forget_classes and not generates)) and config.data is None:
         raise BadInput("--forget-ids and --forget-classes select from --data: pass it")
     if config.data is not None and config.retain is not None:
         raise BadInput("--retain and --data exclude each other: the rest of --data is retained")
     sets: dict[str, data.Examples] = {}
-    target: Target
+    notes: list[str] = []
     classes: Classes | None = None
     if config.data is not None:
         everything = data.load(config.data, "data", config.columns)
         if config.forget_classes:
-            classes = _classes(config.forget_classes, task, everything)
+            classes = _classes(config, task, everything)
             _encode({"data": everything}, task)  # every label is there and known
-            labels = [_label(task, v) for v in everything.column("label")]
+            labels = [task.label_index(v) for v in everything.column("label")]
             sets["forget"], sets["retain"] = data.split_by_labels(
                 everything, labels, set(classes.indices)
             )
         elif config.forget_ids:
             ids = data.parse_ids(config.forget_ids)
             sets["forget"], sets["retain"] = data.split_by_ids(everything, ids)
+        elif config.forget is None:
+            sets["retain"] = replace(everything, name="retain")  # the concept alone must go
         else:
             forget = data.load(config.forget, "forget", config.columns)
             _encode({"data": everything, "forget": forget}, task)  # every content can be read
             sets["forget"], sets["retain"] = data.split_by_content(everything, forget, task.content)
     else:
-        sets["forget"] = data.load(config.forget, "forget", config.columns)
+        if config.forget_classes:
+            classes = _classes(config, task, None)
+        if config.forget is not None:
+            sets["forget"] = data.load(config.forget, "forget", config.columns)
         if config.retain is not None:
             sets["retain"] = data.load(config.retain, "retain", config.columns)
     if config.holdout is not None:
         sets["holdout"] = data.load(config.holdout, "holdout", config.columns)
-    target = classes or Records(len(sets["forget"]))
-    return sets, target
+    sets.setdefault("forget", data.Examples([], [], "forget", "nothing"))
+    target: Target = classes or Records(len(sets["forget"]))
+    if config.forget_concepts:
+        target, notes = _concepts(config, task)
+    return sets, target, notes
 
 
 def _without_forgotten(
@@ -266,20 +288,47 @@ def _without_forgotten(
     return kept, notes
 
 
-def _classes(text: str, task: Task, examples: data.Examples) -> Classes:
-    if not isinstance(task, Classification):
-        raise BadInput("--forget-classes is for classifiers: use --forget-ids or --forget")
-    if not task.names and examples.class_names:
-        task.names = examples.class_names
-    indices = tuple(task.label_index(part.strip()) for part in text.split(",") if part.strip())
-    names = tuple(task.names[i] if task.names else str(i) for i in indices)
-    return Classes(indices, names)
+def _classes(config: CaseConfig, task: Task, examples: data.Examples | None) -> Classes:
+    named = getattr(task, "names", ())
+    if examples and not named and examples.class_names:
+        named = task.names = examples.class_names  # type: ignore[attr-defined]
+    indices = tuple(task.label_index(part) for part in _listed(config.forget_classes))
+    names = tuple(named[i] if named else str(i) for i in indices)
+    anchor = None if config.anchor is None else task.label_index(config.anchor)
+    if anchor in indices:
+        raise BadInput(f"the anchor {config.anchor} is one of the classes to forget: name another")
+    return Classes(indices, names, anchor)
 
 
-def _label(task: Task, value: Any) -> int:
-    if not isinstance(task, Classification):
-        raise BadInput("only classifiers have labels")
-    return task.label_index(value)
+def _concepts(config: CaseConfig, task: Task) -> tuple[Concepts, list[str]]:
+    """The concepts that prompts name, and warnings about words the tokenizer does not know.
+
+    Raises:
+        BadInput: no text-to-image model, or a prompt that its tokenizer reads as nothing.
+    """
+    if not isinstance(task, Diffusion) or task.tokenizer is None:
+        raise BadInput("--forget-concepts is for text-to-image models: use --forget or --data")
+    wanted, keep = _listed(config.forget_concepts), _listed(config.keep_concepts)
+    faults, notes = Faults(), []
+    for prompt in (*wanted, *keep, *([config.anchor] if config.anchor else [])):
+        if fault := task.expressible(prompt):
+            faults.add(fault)
+        elif lost := task.lost_words(prompt):
+            notes.append(
+                f"Warning: the tokenizer does not know {', '.join(map(repr, lost))} of {prompt!r} "
+                "and reads it as padding."
+            )
+    if config.anchor in wanted:
+        faults.add(f"the anchor {config.anchor!r} is one of the concepts to forget: name another")
+    faults.check()
+    return Concepts(tuple(wanted), config.anchor or "", tuple(keep)), notes
+
+
+def _listed(text: str | None) -> list[str]:
+    """Items between commas, or the lines of ``@file``."""
+    if text and text.startswith("@"):
+        return data.parse_ids(text)
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _encode(raw: Mapping[str, data.Examples], task: Task) -> dict[str, Encoded]:
@@ -308,7 +357,7 @@ def _split_holdout(encoded: dict[str, Encoded], target: Target) -> dict[str, Enc
     holdout = encoded.get("holdout")
     if holdout is None or not isinstance(target, Classes):
         return encoded
-    labels = [_label(holdout.task, value) for value in holdout.examples.column("label")]
+    labels = [holdout.task.label_index(value) for value in holdout.examples.column("label")]
     gone = [i for i, label in enumerate(labels) if label in target.indices]
     rest = [i for i, label in enumerate(labels) if label not in target.indices]
     split = {"holdout": rest, "holdout_forget": gone}

@@ -24,17 +24,21 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unlearn import pipeline as pipelines
+from unlearn.ensemble import ENSEMBLE, Ensemble, single
 from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Subject
 from unlearn.tasks.base import Task
 from unlearn.tasks.causal_lm import CausalLM
 from unlearn.tasks.classification import Classification
+from unlearn.tasks.diffusion import task_of as pipelines_task
 from unlearn.weights import (
     PICKLES,
     STATE,
     WEIGHTS,
     Stored,
     cast,
+    fingerprint_all,
     fingerprint_files,
     fingerprint_tensors,
     master,
@@ -59,6 +63,7 @@ class Options:
     trust_remote_code: bool = False
     max_length: int | None = None
     chat_template: bool | None = None
+    null_class: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def inspect(source: Any, options: Options | None = None) -> Checkpoint:
         BadInput: missing, truncated or pickled weights, remote code, unknown architecture.
     """
     options = options or Options()
-    if isinstance(source, nn.Module):
+    if isinstance(source, nn.Module) or hasattr(source, "components"):  # or a diffusers pipeline
         source = Subject(source)
     if isinstance(source, Subject):
         found = _from_memory(source, options)
@@ -144,6 +149,8 @@ def inspect(source: Any, options: Options | None = None) -> Checkpoint:
         return _from_run(path, options)
     if (path / ADAPTER).exists():
         return _from_adapter(path, options)
+    if (path / ENSEMBLE).exists():
+        return _from_ensemble(path, options)
     if options.model or path.is_file():
         return replace(_from_module(path, options), options=options)
     if path.is_dir():
@@ -184,6 +191,7 @@ def _from_run(run: Path, options: Options) -> Checkpoint:
             options.trust_remote_code,
             options.max_length or before["max_length"],
             before["chat_template"] if options.chat_template is None else options.chat_template,
+            options.null_class,
         )
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise BadInput(f"{run} is damaged: `unlearn verify` tells what has changed") from error
@@ -251,6 +259,37 @@ def _from_adapter(path: Path, options: Options) -> Checkpoint:
     )
 
 
+def _from_ensemble(path: Path, options: Options) -> Checkpoint:
+    """Several checkpoints of one architecture, each in a folder of its own."""
+    try:
+        declared = json.loads((path / ENSEMBLE).read_text())
+        file = {"transformers": "", "module": WEIGHTS}[declared["kind"]]
+        folders = [path / str(number) for number in range(max(1, declared["members"]))]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise BadInput(f"the ensemble {path} is damaged: get it again") from error
+    if missing := [folder.name for folder in folders if not folder.is_dir()]:
+        raise BadInput(f"the ensemble {path} lacks its member {missing[0]}: get it again")
+    if file and not options.model:
+        raise BadInput(f"{path} holds bare state dicts: name their network with --model")
+    members = [inspect(folder / file, options) for folder in folders]
+    found = members[0]
+    if any(member.stored != found.stored for member in members):
+        raise BadInput(f"the members of {path} differ in shape or precision: get it again")
+    one = found.fresh
+    fresh = (lambda: Ensemble(one() for _ in members)) if one else None
+
+    def build() -> nn.Module:
+        return Ensemble(member.build() for member in members)
+
+    names = (f"members.{i}.{name}" for i, _ in enumerate(members) for name in found.stored.names)
+    parameters = len(members) * found.stored.parameters
+    return replace(
+        found, source=str(path), build=build, fresh=fresh,
+        stored=Stored(found.stored.dtype, parameters, tuple(names)),
+        fingerprint=fingerprint_all([member.fingerprint for member in members]),
+    )  # fmt: skip
+
+
 def _of_both(base: Checkpoint, adapter: Path) -> str:
     """The fingerprint of a checkpoint with an adapter."""
     both = f"{base.fingerprint}{fingerprint_files([adapter])}"
@@ -279,9 +318,32 @@ def save_adapter(adapter: Path, base: Checkpoint, directory: Path) -> str:
     return _of_both(base, directory / ADAPTED)
 
 
+def _from_pipeline(source: str, path: Path, options: Options) -> Checkpoint:
+    """A diffusers pipeline; its denoiser is what learns."""
+    pipelines.kind_of(path)
+    files = weight_files(path)
+    found = stored([f for f in files if f.parent.name in pipelines.DENOISERS])
+    if options.task not in (None, "diffusion"):
+        raise BadInput(f"{source} is a diffusion pipeline: leave --task {options.task} out")
+    null = None if options.null_class is None else int(options.null_class)
+    # the architecture decides how records are read; its configuration alone is not enough
+    task = pipelines_task(pipelines.read(path, found.dtype, null))
+
+    def build() -> nn.Module:
+        return pipelines.read(path, master(found.dtype), null)
+
+    def fresh() -> nn.Module:
+        model = pipelines.read(path, master(found.dtype), null)
+        return model.with_fresh_denoiser()
+
+    return Checkpoint(source, task, None, found, build, fresh, fingerprint_files(files))
+
+
 def _from_directory(source: str, path: Path, options: Options) -> Checkpoint:
     import transformers
 
+    if (path / pipelines.INDEX).exists():
+        return _from_pipeline(source, path, options)
     config_file = path / "config.json"
     if not config_file.exists():
         raise BadInput(
@@ -493,7 +555,10 @@ def _class_names(config: Any, classes: int) -> list[str]:
 
 def _from_memory(subject: Subject, options: Options) -> Checkpoint:
     model, processor = subject.model, subject.processor
-    config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
+    if isinstance(model, pipelines.Pipeline) or hasattr(model, "components"):
+        return _pipeline_in_memory(subject)
+    one = single(model)
+    config = getattr(one, "config", None) if isinstance(one, PreTrainedModel) else None
     kind = options.task
     task: Task
     if kind is None:
@@ -510,7 +575,7 @@ def _from_memory(subject: Subject, options: Options) -> Checkpoint:
         limit = options.max_length or min(own, LONGEST)
         task = CausalLM(processor, text.vocab_size, limit, options.chat_template)
     elif kind == "classification":
-        classes = getattr(config, "num_labels", None) or _classes_of(model)
+        classes = getattr(config, "num_labels", None) or _classes_of(one)
         task = Classification(
             classes, _class_names(config, classes), processor, options.max_length or 512
         )
@@ -528,4 +593,16 @@ def _from_memory(subject: Subject, options: Options) -> Checkpoint:
 
     return Checkpoint(
         MEMORY, task, processor, found, build, None, fingerprint_tensors(model.state_dict())
+    )  # fmt: skip
+
+
+def _pipeline_in_memory(subject: Subject) -> Checkpoint:
+    model: Any = subject.model
+    held = model if isinstance(model, pipelines.Pipeline) else pipelines.Pipeline(model)
+    parameters = dict(held.named_parameters())
+    dtype = next(iter(parameters.values())).dtype
+    found = Stored(dtype, sum(p.numel() for p in parameters.values()), tuple(parameters))
+    return Checkpoint(
+        MEMORY, pipelines_task(held), None, found, lambda: held.to(master(dtype)),
+        None, fingerprint_tensors(held.state_dict()),
     )  # fmt: skip

@@ -35,6 +35,31 @@ class CaseConfig(BaseModel):
     forget_classes: Annotated[
         str | None, Field(description="classes of --data to forget, by name or number: 'cat,3'")
     ] = None
+    forget_concepts: Annotated[
+        str | None,
+        Field(
+            description="what prompts name, of a text-to-image model: 'circle,a red cross' or "
+            "'@file', one a line"
+        ),
+    ] = None
+    keep_concepts: Annotated[
+        str | None, Field(description="neighbouring concepts that must stay, in the same form")
+    ] = None
+    anchor: Annotated[
+        str | None,
+        Field(description="class or prompt that a model which generates shows instead"),
+    ] = None
+    sampling: Annotated[
+        dict[str, Any],
+        Field(
+            description="how pictures are generated, key=value: steps, guidance, images (per class "
+            "or prompt), null_class (index of the UNet's class for none)"
+        ),
+    ] = Field(default_factory=dict)
+    classifier: Annotated[
+        Any,
+        Field(description="image classifier that judges generated pictures, in any form of model"),
+    ] = None
     retrained: Annotated[
         Any, Field(description="a checkpoint trained without the forget set, as reference")
     ] = None
@@ -48,7 +73,7 @@ class CaseConfig(BaseModel):
         str | Path | None, Field(description="the directory to write; must not exist")
     ] = None
     task: Annotated[
-        Literal["causal_lm", "classification"] | None,
+        Literal["causal_lm", "classification", "diffusion"] | None,
         Field(description="model family, where it cannot be told from the checkpoint"),
     ] = None
     model: Annotated[

@@ -33,16 +33,43 @@ class Records:
 
 @dataclass(frozen=True)
 class Classes:
-    """Whole classes must go; ``indices`` are label ids, ``names`` what people call them."""
+    """Whole classes must go.
+
+    Attributes:
+        indices: label ids.
+        names: what people call them.
+        anchor: class to turn into, for models that generate; None: the method chooses.
+    """
 
     indices: tuple[int, ...]
     names: tuple[str, ...]
+    anchor: int | None = None
 
     def __str__(self) -> str:
         return f"class{'es' if len(self.names) != 1 else ''} {', '.join(self.names)}"
 
 
-Target = Records | Classes
+@dataclass(frozen=True)
+class Concepts:
+    """What prompts name must go from a text-to-image model.
+
+    Attributes:
+        prompts: that name it, such as "circle" or a memorised caption.
+        anchor: what is shown instead; "": the method chooses.
+        keep: prompts of neighbouring concepts that must stay.
+    """
+
+    prompts: tuple[str, ...]
+    anchor: str = ""
+    keep: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.prompts[:3])
+        more = f" and {len(self.prompts) - 3} more" if len(self.prompts) > 3 else ""
+        return f"concept{'s' if len(self.prompts) != 1 else ''} {shown}{more}"
+
+
+Target = Records | Classes | Concepts
 
 
 @dataclass(frozen=True)
@@ -99,8 +126,10 @@ class Need(Enum):
     REQUIRED = "required"
 
 
-ALL_TASKS = ("causal_lm", "classification")
+WITH_LOGITS = ("causal_lm", "classification")
+ALL_TASKS = (*WITH_LOGITS, "diffusion")  # of methods that ask for losses alone
 ALL_TARGETS = ("records", "classes")
+FLAGS = {"records": "forget-ids", "classes": "forget-classes", "concepts": "forget-concepts"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +142,7 @@ class Needs:
         state: what an earlier run kept.
         labels: of classifiers' records; NO: they are withheld, and records need none.
         tasks: model families it works on.
-        targets: what it can forget: records, whole classes.
+        targets: what it can forget: records, whole classes, concepts named by prompts.
         either: sets of which at least one must be given.
     """
 
@@ -121,7 +150,7 @@ class Needs:
     retain: Need = Need.OPTIONAL
     state: Need = Need.NO
     labels: Need = Need.REQUIRED
-    tasks: tuple[str, ...] = ALL_TASKS
+    tasks: tuple[str, ...] = WITH_LOGITS
     targets: tuple[str, ...] = ALL_TARGETS
     either: tuple[str, ...] = ()
 
@@ -141,10 +170,9 @@ class Needs:
         if task not in self.tasks:
             found.append(f"{name} works on {' and '.join(self.tasks)}, and this model is {task}")
         if target not in self.targets:
-            found.append(
-                f"{name} forgets {' and '.join(self.targets)}, not {target}: "
-                + ("pass --forget-classes" if target == "records" else "pass --forget-ids")
-            )
+            flags = " or ".join(f"--{FLAGS[known]}" for known in self.targets)
+            known = " and ".join(self.targets)
+            found.append(f"{name} forgets {known}, not {target}: pass {flags}")
         return found
 
 

@@ -33,7 +33,7 @@ class Plan(Case):
             sets = sets[0].as_read(reading), sets[1] and sets[1].as_read(reading)
         return Request(
             self.target,
-            None if needs.forget is Need.NO else sets[0],
+            None if needs.forget is Need.NO or not len(self.sets.forget) else sets[0],
             None if needs.retain is Need.NO else sets[1],
         )
 
@@ -82,17 +82,18 @@ def _check_needs(config: RunConfig, method: Method, checkpoint: Checkpoint) -> N
         config.forget_ids or config.forget_classes or config.forget is not None
     )
     given = {
-        "forget": True,
-        "retain": config.retain is not None or split,
+        "forget": config.forget is not None or split,
+        "retain": config.retain is not None or config.data is not None,
         "state": checkpoint.has_state(),
     }
+    named = config.forget_classes or config.forget_concepts
     faults = Faults()
-    if config.forget is None and not split:
+    if config.forget is None and not split and not named:
         faults.add(
             "nothing to forget was named: pass --forget, or --data with --forget-ids or "
             "--forget-classes"
         )
-    target = "classes" if config.forget_classes else "records"
+    target = "classes" if config.forget_classes else "concepts" if named else "records"
     for fault in method.needs.faults(config.method, given, checkpoint.task.name, target):
         faults.add(fault)
     faults.check(MissingNeed)

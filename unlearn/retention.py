@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.interface import ALL_TASKS, WITH_LOGITS, Need, Needs, Request, Subject
 from unlearn.reference import ReferenceLogits
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Predictions
@@ -45,10 +45,15 @@ class TwoSided(Training):
     ] = "nll"
     retain_weight: Annotated[float, Field(ge=0, description="weight of the retain term")] = 1.0
 
+    tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
+
     @property
     def needs(self) -> Needs:
         """The retain set, unless nothing is retained."""
-        return Needs(retain=Need.NO if self.retention == "none" else Need.REQUIRED)
+        return Needs(
+            retain=Need.NO if self.retention == "none" else Need.REQUIRED,
+            tasks=WITH_LOGITS if self.retention == "kl" else self.tasks,
+        )
 
     def trained(self, forget: int, retain: int) -> int:
         """As many retain as forget examples, if anything is retained."""

@@ -22,8 +22,10 @@ from unlearn import checkpoint as checkpoints
 from unlearn import data, distributed, manifest, weights
 from unlearn.case import Case
 from unlearn.checkpoint import Checkpoint
+from unlearn.ensemble import ENSEMBLE
 from unlearn.errors import BadInput
 from unlearn.interface import Need, Subject
+from unlearn.pipeline import INDEX
 from unlearn.plan import Plan
 from unlearn.scope import BETWEEN, is_lora
 from unlearn.tasks.base import Encoded, Task
@@ -291,9 +293,13 @@ def _leads(adapter: Path, start: str, model: nn.Module) -> bool:
 
 
 def _kind(model: Path) -> str:
-    """What was written: a transformers model, a peft adapter, or the weights of a plain module."""
+    """What was written: an ensemble, adapter, pipeline, transformers model or plain module."""
+    if (model / ENSEMBLE).exists():
+        return "ensemble"
     if (model / checkpoints.ADAPTER).exists():
         return "adapter"
+    if (model / INDEX).exists():
+        return "pipeline"
     return "transformers" if (model / "config.json").exists() else "module"
 
 

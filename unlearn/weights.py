@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from unlearn.ensemble import ENSEMBLE, Ensemble
 from unlearn.errors import BadInput, Collapsed, Unsupported
 from unlearn.interface import Subject
+from unlearn.pipeline import INDEX
 
+SAFE = ".safetensors"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, STATE = "model.safetensors", "state.safetensors"
@@ -70,6 +74,12 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         BadInput: none there, only pickles, or a shard missing.
     """
+    if (directory / INDEX).exists():  # of a diffusers pipeline, a folder per component
+        parts = sorted(p for p in directory.iterdir() if p.is_dir() and list(p.glob("*.json")))
+        weighty = [
+            p for p in parts if any(f.suffix in {*PICKLES, ".safetensors"} for f in p.iterdir())
+        ]
+        return [file for part in weighty for file in weight_files(part)]
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -105,6 +115,11 @@ def fingerprint_files(files: list[Path]) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint_all(fingerprints: Sequence[str]) -> str:
+    """One fingerprint of what consists of several checkpoints, in order."""
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
 def stored(files: list[Path]) -> Stored:
@@ -151,6 +166,8 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
 def save(subject: Subject, stored: torch.dtype, directory: Path) -> str:
     """Write model and processor in the format and precision they came in.
 
+    Of an ensemble, each member is a checkpoint of its own, in a folder named by its number.
+
     Returns:
         The fingerprint of the weight files.
 
@@ -160,6 +177,15 @@ def save(subject: Subject, stored: torch.dtype, directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     model = cast(subject.model, stored)
     check_finite(model, stored)
+    if isinstance(model, Ensemble):
+        made = [
+            save(replace(subject, model=member), stored, directory / str(number))
+            for number, member in enumerate(model.members)
+        ]
+        kind = "transformers" if (directory / "0" / "config.json").exists() else "module"
+        declared = {"members": len(made), "kind": kind}
+        (directory / ENSEMBLE).write_text(json.dumps(declared) + "\n")
+        return fingerprint_all(made)
     if callable(write := getattr(model, "save_pretrained", None)):
         write(directory)
         if hasattr(subject.processor, "save_pretrained"):

@@ -15,14 +15,14 @@ Cost: one forward and backward per forget example and epoch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from unlearn.interface import Request, Subject
+from unlearn.interface import WITH_LOGITS, Request, Subject
 from unlearn.retention import OneSided
 from unlearn.run import Run
 from unlearn.tasks.base import IGNORED, Batch, Predictions
@@ -58,6 +58,8 @@ def ce_u_terms(predictions: Predictions, skip: int) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class CEU(OneSided):
     """Teach the model what it would say if the true answer did not exist."""
+
+    tasks: ClassVar[tuple[str, ...]] = WITH_LOGITS
 
     skip: Annotated[
         int, Field(ge=0, description="answer tokens left alone at the start, as in the paper")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
 from unlearn.run import Run
 from unlearn.training import Term, Training, descend, likelihood
 
@@ -21,7 +21,7 @@ from unlearn.training import Term, Training, descend, likelihood
 class Finetune(Training):
     """Continue training on the retain set alone."""
 
-    needs: ClassVar[Needs] = Needs(forget=Need.NO, retain=Need.REQUIRED)
+    needs: ClassVar[Needs] = Needs(forget=Need.NO, retain=Need.REQUIRED, tasks=ALL_TASKS)
 
     def unlearn(self, subject: Subject, request: Request, run: Run) -> Subject:
         """Train on, in train mode, without the forget set."""

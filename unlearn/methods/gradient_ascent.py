@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
 from unlearn.run import Run
 from unlearn.training import Term, Training, ascent
 
@@ -26,7 +26,7 @@ class GradientAscent(Training):
     lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 1e-5
     epochs: Annotated[float, Field(gt=0, description="passes over the forget set")] = 3
 
-    needs: ClassVar[Needs] = Needs(retain=Need.NO)
+    needs: ClassVar[Needs] = Needs(retain=Need.NO, tasks=ALL_TASKS)
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Ascend."""

@@ -13,12 +13,12 @@ The mean is over the units of the batch. No reference model. Cost: as grad_diff.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from unlearn.interface import Request, Subject
+from unlearn.interface import WITH_LOGITS, Request, Subject
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Predictions
@@ -44,6 +44,8 @@ def satimp_units(nll: Tensor, beta1: float, beta2: float) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class SatImp(TwoSided):
     """Climb on the forget set where the model is confident, but not certain."""
+
+    tasks: ClassVar[tuple[str, ...]] = WITH_LOGITS
 
     beta1: Annotated[
         float, Field(ge=0, description="power of the probability: larger stops earlier")

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
 from unlearn.run import Run
 from unlearn.training import Term, Training, descend, likelihood
 
@@ -36,7 +36,7 @@ class TaskVector(Training):
         float, Field(gt=0, description="passes over the forget set; MUSE uses 10")
     ] = 10
 
-    needs: ClassVar[Needs] = Needs(retain=Need.NO)
+    needs: ClassVar[Needs] = Needs(retain=Need.NO, tasks=ALL_TASKS)
 
     def unlearn(self, subject: Subject, request: Request, run: Run) -> Subject:
         """Reinforce, then subtract."""

@@ -13,13 +13,13 @@ forget example and epoch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from unlearn.interface import Request, Subject
+from unlearn.interface import WITH_LOGITS, Request, Subject
 from unlearn.reference import ReferenceLogits
 from unlearn.retention import OneSided
 from unlearn.run import Run
@@ -52,6 +52,8 @@ def undial_units(logits: Tensor, labels: Tensor, reference: Tensor, beta: float)
 @dataclass(frozen=True, kw_only=True)
 class UnDIAL(OneSided):
     """Distil the starting model, its belief in the true answers lowered, into the model."""
+
+    tasks: ClassVar[tuple[str, ...]] = WITH_LOGITS
 
     beta: Annotated[
         float,

@@ -11,12 +11,12 @@ grad_diff. No reference model. Cost: as grad_diff.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from unlearn.interface import Request, Subject
+from unlearn.interface import WITH_LOGITS, Request, Subject
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Predictions
@@ -40,6 +40,8 @@ def wga_units(nll: Tensor, beta: float) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class WGA(TwoSided):
     """Climb on the forget set, less and less on what is already unlikely."""
+
+    tasks: ClassVar[tuple[str, ...]] = WITH_LOGITS
 
     beta: Annotated[
         float,

@@ -121,6 +121,14 @@ class Task(ABC):
     name: ClassVar[str]
     classes: int
 
+    def label_index(self, label: Any) -> int:
+        """A label as a class index.
+
+        Raises:
+            BadInput: no such class, or a model without classes.
+        """
+        raise BadInput("--forget-classes is for models with classes: use --forget-ids or --forget")
+
     @abstractmethod
     def fault(self, row: Row) -> str | None:
         """What is wrong with a raw row, as the end of a sentence, or None."""

@@ -8,10 +8,8 @@ transformers classifier or any ``nn.Module`` that maps a batch of inputs to logi
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from unlearn.data import Row
 from unlearn.errors import BadInput, Unsupported, did_you_mean
 from unlearn.interface import Need
 from unlearn.tasks.base import IGNORED, Batch, Encoding, Predictions, Task
+from unlearn.tasks.pictures import from_channels, image_bytes, image_fault, opened
 
 KINDS = ("image", "text", "features")
 
@@ -97,7 +96,7 @@ class Classification(Task):
         if kind == "image":
             if reads_text:
                 return "it is an image, and the model reads text"
-            return _image_fault(row["image"])
+            return image_fault(row["image"])
         if kind == "features":
             return _features_fault(row["features"])
         if not reads_text:
@@ -109,7 +108,7 @@ class Classification(Task):
         kind = _kind(row)
         value = row[kind] if kind else b""
         if kind == "image":
-            value = _image_bytes(value)
+            value = image_bytes(value)
         elif kind == "features":
             value = np.asarray(value).tobytes()
         else:
@@ -142,8 +141,8 @@ class Classification(Task):
             if value.is_floating_point() or not hasattr(self.processor, "save_pretrained"):
                 return value if value.is_floating_point() else value.float() / 255
             # whole numbers are a raw picture, which the image processor wants to see
-            image = _from_channels(value)
-        picture = _opened(image).convert("RGB")
+            image = from_channels(value)
+        picture = opened(image).convert("RGB")
         if hasattr(self.processor, "save_pretrained"):
             pixels: Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
             return pixels
@@ -225,6 +224,21 @@ class Classification(Task):
         return linear[-1]
 
 
+def continuous(fields: Mapping[str, Any]) -> str:
+    """The name of the input that can be moved a little, in an encoding or a batch.
+
+    Raises:
+        Unsupported: the model reads tokens.
+    """
+    for name in ("pixel_values", "features"):
+        if name in fields and fields[name].is_floating_point():
+            return name
+    raise Unsupported(
+        "this method moves inputs by small amounts, and tokens cannot be moved so: it works on "
+        "classifiers of images or vectors"
+    )
+
+
 def _kind(row: Row) -> str | None:
     return next((kind for kind in KINDS if kind in row), None)
 
@@ -240,48 +254,9 @@ def _forward(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def _image_fault(value: Any) -> str | None:
-    if isinstance(value, Tensor | np.ndarray):
-        return (
-            None if value.ndim == 3 else f"its image has shape {tuple(value.shape)}, not (c, h, w)"
-        )
-    try:
-        _opened(value)
-    except (OSError, ValueError, TypeError) as error:
-        return f"its image cannot be opened ({error})"
-    return None
-
-
 def _features_fault(value: Any) -> str | None:
     try:
         torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         return f"its features are not numbers ({error})"
     return None
-
-
-def _opened(value: Any) -> Any:
-    from PIL import Image
-
-    if isinstance(value, Image.Image):
-        return value
-    if isinstance(value, Mapping):
-        value = value["bytes"] or value["path"]
-    return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-
-
-def _from_channels(value: Tensor) -> Any:
-    from PIL import Image
-
-    pixels = value.to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-
-def _image_bytes(value: Any) -> bytes:
-    if isinstance(value, Mapping):
-        value = value["bytes"] or value["path"]
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, str | Path):
-        return Path(value).read_bytes()
-    return np.asarray(value).tobytes()
