@@ -81,14 +81,15 @@ def _check_needs(config: RunConfig, method: Method, checkpoint: Checkpoint) -> N
     split = config.data is not None and bool(
         config.forget_ids or config.forget_classes or config.forget is not None
     )
+    named = config.forget_classes or config.forget_concepts
+    data_free = bool(named) and checkpoint.task.name == "diffusion"
     given = {
-        "forget": config.forget is not None or split,
+        "forget": config.forget is not None or split or not data_free,
         "retain": config.retain is not None or config.data is not None,
         "state": checkpoint.has_state(),
     }
-    named = config.forget_classes or config.forget_concepts
     faults = Faults()
-    if config.forget is None and not split and not named:
+    if config.forget is None and not split and not data_free:
         faults.add(
             "nothing to forget was named: pass --forget, or --data with --forget-ids or "
             "--forget-classes"

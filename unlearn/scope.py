@@ -124,6 +124,7 @@ class _Part:
 
     def __init__(self, owner: nn.Parameter, place: int | Tensor) -> None:
         self.owner, self.place = owner, place
+        owner.grad = None  # one that was left there would be taken for the first of ours
         self.parameter = nn.Parameter(owner.detach()[place])  # a view only where one entry moves
         self.handle = owner.register_post_accumulate_grad_hook(self.take)  # type: ignore[no-untyped-call]
 
@@ -171,7 +172,8 @@ def _salient(
     if masks is None:
         raise Unsupported("this method has no gradients of a forget set to take saliency from")
     named = dict(model.named_parameters())
-    chosen = {name: mask for name, mask in masks.items() if bool(mask.any())}
+    # in the model's order, whatever that of a file: optimisers number their state
+    chosen = {name: masks[name] for name in named if bool(masks[name].any())}
     whole = {name: named[name] for name, mask in chosen.items() if bool(mask.all())}
     rest = chosen.keys() - whole.keys()
     return whole, {f"{n}@salient": (named[n], m) for n, m in chosen.items() if n in rest}
@@ -261,6 +263,30 @@ def feed_forward(model: nn.Module, task: Task) -> dict[str, list[str]]:
     return found
 
 
+def last_blocks(model: nn.Module, task: Task, count: int) -> list[str]:
+    """Names of the parameters and buffers of the last ``count`` blocks and of all behind them.
+
+    Blocks without parameters do not count. Behind them is everything that the model lists later,
+    and its output layer; weights that the output layer shares with the input are in front.
+
+    Raises:
+        Unsupported: the model has no blocks.
+        BadInput: it has fewer.
+    """
+    layers = task.layers(model).items()
+    blocks = [name for name, block in layers if next(block.parameters(), None) is not None]
+    if not blocks:
+        raise Unsupported(f"{type(model).__name__} has no blocks to tell first from last")
+    if count > len(blocks):
+        raise BadInput(f"k = {count}, and the model has {len(blocks)} blocks: choose no more")
+    modules = dict(model.named_modules())
+    names = list(modules)
+    behind = [modules[name] for name in names[names.index(blocks[-count]) :]]
+    chosen = {id(module) for module in (*behind, *task.output_layer(model).modules())}
+    tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return [n for n in tensors if id(model.get_submodule(n.rpartition(".")[0])) in chosen]
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
@@ -269,14 +295,14 @@ def _adaptable(model: nn.Module, task: Task, scope: str) -> list[str]:
     """Names of the layers that get adapters."""
     if scope == "lora:ffn":
         return [name for names in feed_forward(model, task).values() for name in names]
-    head, pattern = task.output_layer(model), scope.removeprefix("lora").removeprefix(":")
+    head, patterns = task.output_layer(model), scope.removeprefix("lora").removeprefix(":").split()
     return [
         name
         for name, module in model.named_modules()
         if module is not head
         and (_is_linear(module) or isinstance(module, nn.Conv2d))
         and getattr(module, "groups", 1) == 1
-        and re.search(pattern, f"{name}.weight")
+        and (not patterns or any(re.search(text, f"{name}.weight") for text in patterns))
     ]
 
 

@@ -241,19 +241,17 @@ def descend(
             tensors.
     """
     plan = schedule(settings, [len(term.examples) for term in terms], run, phase)
-    masks = _masks(subject, terms[0].examples, settings, run)
+    masks = _masks(subject, terms, settings, run)
     steps = len(plan[0])
     subject.model.train(dropout)
-    if settings.scope != "all":  # running statistics would move outside the scope
-        for module in subject.model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
     with torch.random.fork_rng(), moving(
         subject, run.task, settings.scope, settings.lora_rank, settings.lora_alpha,
         run.seed_of(f"adapters{phase}"), run.adapter, masks,
     ) as whole, _parted(
         whole, terms, settings, run, plain=before is None and after is None
     ) as (moved, apply), _blocks(subject.model, settings, run):  # fmt: skip
+        if settings.scope != "all":
+            _still(moved)
         parameters = list(moved.parameters.values())
         torch.manual_seed(run.seed_of(f"dropout{phase}") + distributed.rank())
         optimizer = optimizer_for(moved, settings)
@@ -307,17 +305,28 @@ def descend(
     return subject
 
 
+def _still(moved: Moving) -> None:
+    """Stop the running statistics of every normalisation that is not wholly in scope."""
+    for name, module in moved.model.named_modules():
+        if isinstance(module, _BatchNorm):
+            own = {f"{name}.{n}".removeprefix(".") for n, _ in module.named_parameters()}
+            module.train(module.training and bool(own) and own <= moved.parameters.keys())
+
+
 def _masks(
-    subject: Subject, first: Encoded, settings: Training, run: Run
+    subject: Subject, terms: Sequence[Term], settings: Training, run: Run
 ) -> dict[str, Tensor] | None:
     """Which single weights move, with scope saliency: by the gradient of the true answers."""
     if not settings.scope.startswith(SALIENCY):
         return None
-    if first.name != "forget":
-        raise Unsupported(f"scope {settings.scope} needs a method that trains on the forget set")
+    found = next((term.examples for term in terms if term.examples.name == "forget"), None)
+    if found is None:
+        raise Unsupported(
+            f"scope {settings.scope} needs a method with a loss on the forget set alone"
+        )
     from unlearn.gradients import mean_gradient, salient
 
-    named, forget = dict(subject.model.named_parameters()), first.as_read()
+    named, forget = dict(subject.model.named_parameters()), found.as_read()
     share = share_of(settings.scope)
 
     def compute() -> dict[str, Tensor]:

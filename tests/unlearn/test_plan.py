@@ -262,7 +262,7 @@ def test_classes_by_name(refused, on_language, tiny_images):
     sentence = refused(model, method="npo", data=pictures, forget_classes="cta")
     assert "the model has no class 'cta': did you mean cat?" in sentence
     sentence = on_language(data=[{"text": "a"}], forget=None, retain=None, forget_classes="cat")
-    assert "--forget-classes is for classifiers" in sentence
+    assert "--forget-classes is for models with classes" in sentence
 
 
 @pytest.mark.parametrize("name", ["cat", "2", " cat ,"])
@@ -389,7 +389,10 @@ def test_columns_reach_every_set(tiny_lm, lm_world):
         ({"device": "meta"}, "device 'meta' is not supported"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"audit": "full"}, "audit: Input should be 'quick', 'standard', 'deep' or 'none'"),
-        ({"task": "diffusion"}, "task: Input should be 'causal_lm' or 'classification'"),
+        (
+            {"task": "regression"},
+            "task: Input should be 'causal_lm', 'classification' or 'diffusion'",
+        ),
         ({"max_length": 1}, "max_length: Input should be greater than 1"),
         ({"forgte": "a"}, "there is no setting 'forgte': did you mean forget?"),
         ({"retrained": "no/where/at/all"}, "the checkpoint no/where/at/all does not exist"),
