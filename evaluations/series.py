@@ -243,7 +243,7 @@ def _watched(configs: Sequence[RunConfig]) -> tuple[Watch, str]:
         watch.sets[str(number)] = forget.sample(WATCHED, config.seed)
         watch.targets.append(str(planned.target))
         parts.append(planned.identity())
-        gone = data.record_hashes(forget.examples, forget.task.content, key)
+        gone = data.record_hashes(forget.examples, forget.task.shown, key)
         found = replace(found, forgotten=found.forgotten | frozenset(gone))
         if planned.method.needs.state is not Need.NO:  # the run before will have kept some
             found = replace(found, state={"expected": torch.empty(0)})

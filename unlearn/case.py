@@ -271,11 +271,11 @@ def _without_forgotten(
     kept, notes, key = dict(raw), list[str](), checkpoint.record_key
     if not checkpoint.forgotten or key is None:
         return kept, notes
-    content = checkpoint.task.content
+    shown = checkpoint.task.shown
     _encode(raw, checkpoint.task)  # every content can be read
-    named = set(data.record_hashes(raw["forget"], content, key))  # audited: this run forgot them
+    named = set(data.record_hashes(raw["forget"], shown, key))  # audited: this run forgot them
     for name in set(names) & raw.keys():
-        hashes = data.record_hashes(raw[name], content, key)
+        hashes = data.record_hashes(raw[name], shown, key)
         gone = checkpoint.forgotten - (named if name == "retain" else set())
         left = [i for i, h in enumerate(hashes) if h not in gone]
         if not left:

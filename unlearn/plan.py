@@ -11,9 +11,9 @@ from unlearn import registry
 from unlearn.case import Case
 from unlearn.checkpoint import Checkpoint
 from unlearn.config import RunConfig
-from unlearn.errors import Faults, MissingNeed
+from unlearn.errors import BadInput, Faults, MissingNeed
 from unlearn.interface import Method, Need, Request
-from unlearn.scope import WORDS, matching
+from unlearn.scope import SALIENCY, WORDS, matching
 from unlearn.tasks.classification import Classification
 
 
@@ -60,6 +60,8 @@ def plan(config: RunConfig, checkpoint: Checkpoint | None = None) -> Plan:
     scope = getattr(method, "scope", "all")
     if scope not in WORDS:
         matching(scope, checkpoint.parameter_names())
+    if scope.startswith(SALIENCY) and method.needs.forget is Need.NO:
+        raise BadInput(f"{config.method} never reads the forget set, which saliency comes from")
     if config.audit == "none" and isinstance(checkpoint.task, Classification):
         checkpoint = replace(checkpoint, task=checkpoint.task.reading(method.needs.labels))
     case = cases.build(config, checkpoint)

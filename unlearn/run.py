@@ -339,7 +339,7 @@ def _write_records(plan: Plan, outcome: Outcome, work: Path, result: Path) -> No
     lineage = [*plan.checkpoint.lineage, entry]
     (result / "lineage.json").write_text(json.dumps(lineage, indent=2, default=str) + "\n")
     forget = plan.sets.forget
-    hashes = data.record_hashes(forget.examples, forget.task.content, outcome.record_key)
+    hashes = data.record_hashes(forget.examples, forget.task.shown, outcome.record_key)
     forgotten = sorted(h.hex() for h in {*hashes, *plan.checkpoint.forgotten})
     (result / checkpoints.FORGOTTEN).write_text("\n".join(forgotten) + "\n")
     metrics = work / "metrics.jsonl"

@@ -137,6 +137,10 @@ class Task(ABC):
     def content(self, row: Row) -> bytes:
         """The bytes that make a record what it is, for overlap checks and fingerprints."""
 
+    def shown(self, row: Row) -> bytes:
+        """The bytes of what a model is shown, its label left out: known by a later request."""
+        return self.content(row)
+
     @abstractmethod
     def encode(self, row: Row) -> Encoding:
         """A raw row as the model reads it; has ``units`` and ``length`` among its keys."""
@@ -152,6 +156,10 @@ class Task(ABC):
     def packed(self, model: nn.Module, batch: Batch) -> Batch:
         """The same examples without padding; as they are, where nothing is padded."""
         return batch
+
+    def singly(self, batch: Batch) -> list[Batch]:
+        """The batch as often as a loss is a mean over draws: one draw of every example each."""
+        return [batch]
 
     @abstractmethod
     def features(self, model: nn.Module, batch: Batch, layer: int | str | None = None) -> Tensor:

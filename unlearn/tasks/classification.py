@@ -116,6 +116,10 @@ class Classification(Task):
         label = str(self.label_index(row["label"])).encode() if self._labelled(row) else b""
         return bytes(value) + b"\x00" + label
 
+    def shown(self, row: Row) -> bytes:
+        """The raw input."""
+        return self.reading(Need.NO).content(row)
+
     def encode(self, row: Row) -> Encoding:
         """Pixels, tokens or a vector, and the label."""
         kind = _kind(row)
