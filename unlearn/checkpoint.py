@@ -13,6 +13,7 @@ import importlib
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unlearn import lora_files
 from unlearn import pipeline as pipelines
 from unlearn.ensemble import ENSEMBLE, Ensemble, single
 from unlearn.errors import BadInput, Unsupported
@@ -105,7 +107,7 @@ class Checkpoint:
 
     def parameter_names(self) -> list[str]:
         """Names of the model's parameters, which may differ from those of its files."""
-        if self.fresh is None:
+        if self.fresh is None or self.task.name == "diffusion":  # its files name components apart
             return list(self.stored.names)
         with torch.device("meta"):  # the architecture without its weights
             return [name for name, _ in self.fresh().named_parameters()]
@@ -246,7 +248,10 @@ def _from_adapter(path: Path, options: Options) -> Checkpoint:
             ) from error
         try:
             adapted = peft.PeftModel.from_pretrained(found.build(), path)
-            if odd := names ^ set(peft.get_peft_model_state_dict(adapted)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # pipelines have no vocabulary
+                fitting = set(peft.get_peft_model_state_dict(adapted))
+            if odd := names ^ fitting:
                 raise ValueError(f"{min(odd)} is on one side only")
             merged: nn.Module = adapted.merge_and_unload()
         except (RuntimeError, ValueError, SafetensorError) as error:
@@ -315,6 +320,8 @@ def save_adapter(adapter: Path, base: Checkpoint, directory: Path) -> str:
     config["base_model_name_or_path"] = str(local.absolute()) if local.exists() else base.source
     (directory / ADAPTER).write_text(json.dumps(config, indent=2) + "\n")
     (directory / BASE).write_text(json.dumps({"fingerprint": base.fingerprint}) + "\n")
+    if getattr(base.task, "tokenizer", None) and base.task.name == "diffusion":
+        lora_files.write(adapter, directory)
     return _of_both(base, directory / ADAPTED)
 
 
@@ -327,7 +334,8 @@ def _from_pipeline(source: str, path: Path, options: Options) -> Checkpoint:
         raise BadInput(f"{source} is a diffusion pipeline: leave --task {options.task} out")
     null = None if options.null_class is None else int(options.null_class)
     # the architecture decides how records are read; its configuration alone is not enough
-    task = pipelines_task(pipelines.read(path, found.dtype, null))
+    held = pipelines.read(path, found.dtype, null)
+    task, found = pipelines_task(held), found._replace(names=tuple(dict(held.named_parameters())))
 
     def build() -> nn.Module:
         return pipelines.read(path, master(found.dtype), null)

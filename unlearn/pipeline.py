@@ -57,7 +57,8 @@ class Pipeline(nn.Module):
         self.pipeline, self.steps, self.stated_null = pipeline, steps, null_class
         self.denoiser_name = "unet" if hasattr(pipeline, "unet") else "transformer"
         self.trained = trained or self.denoiser_name
-        self.add_module(self.trained, getattr(pipeline, self.trained))
+        # not by add_module, which refuses names that are properties here
+        self._modules[self.trained] = getattr(pipeline, self.trained)
         for _, part in self._beside():
             part.eval().requires_grad_(False)
 
