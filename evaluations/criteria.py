@@ -28,6 +28,7 @@ from unlearn.evaluations.statistics import Bounds, holm
 
 Interval = Callable[[float], Bounds]
 Outcome = Literal["pass", "fail", "inconclusive", "invalid", "not_run", "info"]
+FAMILIES = ("membership", "revival")  # one rule for all attacks of a kind, named after it
 CERTAIN, NARROWEST = 1e-9, 0.499  # tails between which p-values are looked for
 
 
@@ -45,7 +46,8 @@ class Criteria(BaseModel):
     Attributes:
         version: of the format.
         level: of every one-sided confidence bound.
-        rules: by finding, as "name.set" or "name"; "membership" stands for every attack.
+        rules: by finding, as "name.set" or "name"; "membership" and "revival" stand for
+            every attack of that kind.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,7 +58,7 @@ class Criteria(BaseModel):
 
     def rule(self, name: str, subset: str) -> Rule | None:
         """The most specific rule for a finding."""
-        family = "membership" if name.startswith("membership_") else name
+        family = next((f for f in FAMILIES if name.startswith(f"{f}_")), name)
         for key in (f"{name}.{subset}", name, family):
             if key in self.rules:
                 return self.rules[key]

@@ -45,7 +45,7 @@ from unlearn.evaluations.schema import (
 )
 from unlearn.interface import Subject
 from unlearn.methods.retrain import Retrain
-from unlearn.run import Progress, Role, Run, Silent
+from unlearn.run import Audit, Progress, Role, Run, Silent
 from unlearn.workplace import Outcome, Stopwatch, begin, peak_memory, publish, workplace
 
 # settings that may name people, or places on this machine
@@ -99,49 +99,19 @@ class Examination:
             *blind,
             *guards.changed(self.weights, case, outcome.fingerprint_out),
         ]
-        decisions = decide(checks, self.criteria)
-        verdict, reason = overall(checks, decisions)
         best = exposure.sharpest(scores)
         drawn = {"loss", "u_lira", "lira_online", best.attack.name if best else ""}
-        report = Report(
-            title=f"Erasure of {case.target} from {_label(case.checkpoint.source)}",
-            created=outcome.created,
-            verdict=verdict,
-            verdict_reason=reason,
-            depth=case.config.audit,  # type: ignore[attr-defined]
-            request=_request(case),
-            method=case.method_name,
-            hyperparameters=tuple(
-                Hyperparameter(name=name, value=str(value), given=name in case.given)
-                for name, value in case.hyperparameters.items()
-            ),
-            sets=tuple(
-                RecordSet(name=name, n=facts["n"], fingerprint=facts["fingerprint"])
-                for name, facts in outcome.sets.items()
-            ),
-            findings=tuple(map(_finding, checks, decisions)),
-            notes=tuple(outcome.notes),
+        return concluded(
+            case, outcome, directory, self.criteria, checks,
+            request=request(case),
             limits=_limits(case, self.criteria),
-            cost=Cost(
-                seconds=outcome.seconds,
-                peak_memory_bytes=outcome.peak_memory,
-                device=outcome.environment.get("gpu", outcome.environment["device"]),
-            ),
-            environment=outcome.environment,
             distributions=self._distributions(case),
-            trajectory=_trajectory(directory.parent / "work" / "metrics.jsonl"),
             curves=exposure.curves(scores, tuple(drawn)),
             layers=within.figures(),
             series=self.series,
             exposed=exposure.exposed(scores),
             examples=self._examples(case) if case.config.include_examples else None,
-            criteria=self.criteria.text,
-            criteria_digest=self.criteria.digest(),
-            checkpoint_in=outcome.fingerprint_in,
-            checkpoint_out=outcome.fingerprint_out,
-        )
-        _write(report, directory)
-        return report
+        )  # fmt: skip
 
     def _of_shadows(self, shadowed: shadowing.Shadowed, case: Case) -> list[Check]:
         return [
@@ -178,6 +148,15 @@ class Examination:
         )
 
 
+def examiner(case: Case, criteria: Any = None) -> Audit:
+    """The audit of a case's model family."""
+    if case.checkpoint.task.name == "diffusion":
+        from unlearn.evaluations.drawing import DiffusionExamination  # which needs this file first
+
+        return DiffusionExamination(criteria)
+    return Examination(criteria)
+
+
 def audit(config: AuditConfig, progress: Progress | None = None) -> tuple[Report, Path | None]:
     """Audit a checkpoint that was made to forget.
 
@@ -187,8 +166,9 @@ def audit(config: AuditConfig, progress: Progress | None = None) -> tuple[Report
     Raises:
         BadInput: whatever is wrong with checkpoints, data or criteria; nothing is left behind.
     """
-    examination = Examination(config.criteria)
+    rules.read(config.criteria)  # before anything else is looked at
     case, unlearned = of_audit(config)
+    examination = examiner(case, config.criteria)
     examination.prepare(case)
     with distributed.together(), workplace(case) as (place, resumed):
         progress = progress if progress and distributed.is_main() else Silent()
@@ -257,6 +237,56 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
+def concluded(
+    case: Case, outcome: Outcome, directory: Path, criteria: Criteria, checks: Sequence[Check],
+    **shown: Any,
+) -> Report:  # fmt: skip
+    """Decide, and write the report in all its forms.
+
+    Args:
+        case: what was examined.
+        outcome: of the run, its notes complete.
+        directory: to write to.
+        criteria: the rules.
+        checks: all measurements.
+        **shown: the fields of the report that depend on the model family.
+    """
+    decisions = decide(checks, criteria)
+    verdict, reason = overall(checks, decisions)
+    report = Report(
+        title=f"Erasure of {case.target} from {_label(case.checkpoint.source)}",
+        created=outcome.created,
+        verdict=verdict,
+        verdict_reason=reason,
+        depth=case.config.audit,  # type: ignore[attr-defined]
+        method=case.method_name,
+        hyperparameters=tuple(
+            Hyperparameter(name=name, value=str(value), given=name in case.given)
+            for name, value in case.hyperparameters.items()
+        ),
+        sets=tuple(
+            RecordSet(name=name, n=facts["n"], fingerprint=facts["fingerprint"])
+            for name, facts in outcome.sets.items()
+        ),
+        findings=tuple(map(_finding, checks, decisions)),
+        notes=tuple(outcome.notes),
+        cost=Cost(
+            seconds=outcome.seconds,
+            peak_memory_bytes=outcome.peak_memory,
+            device=outcome.environment.get("gpu", outcome.environment["device"]),
+        ),
+        environment=outcome.environment,
+        trajectory=_trajectory(directory.parent / "work" / "metrics.jsonl"),
+        criteria=criteria.text,
+        criteria_digest=criteria.digest(),
+        checkpoint_in=outcome.fingerprint_in,
+        checkpoint_out=outcome.fingerprint_out,
+        **shown,
+    )
+    _write(report, directory)
+    return report
+
+
 def overall(checks: Sequence[Check], decisions: Sequence[Decision]) -> tuple[Any, str]:
     """The verdict over all checks, and what decided it."""
     pairs = list(zip(checks, decisions, strict=True))
@@ -308,7 +338,8 @@ def _label(source: str) -> str:
     return "/".join(Path(source).parts[-2:])
 
 
-def _request(case: Case) -> dict[str, str]:
+def request(case: Case) -> dict[str, str]:
+    """Facts on what was asked."""
     earlier = len(case.checkpoint.lineage)
     return {
         "to be forgotten": str(case.target),

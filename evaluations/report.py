@@ -32,12 +32,14 @@ from unlearn.evaluations.schema import (
     Example,
     Exposed,
     Finding,
+    Grid,
     Group,
     Hyperparameter,
     Interval,
     Layers,
     RecordSet,
     Report,
+    Strip,
     TrajectoryPoint,
     Value,
     Verdict,
@@ -50,11 +52,13 @@ __all__ = [
     "Example",
     "Exposed",
     "Finding",
+    "Grid",
     "Hyperparameter",
     "Interval",
     "Layers",
     "RecordSet",
     "Report",
+    "Strip",
     "TrajectoryPoint",
     "Value",
     "read",
@@ -186,7 +190,7 @@ def render_markdown(report: Report) -> str:
         unit = f" ({_plain(finding.unit)})" if finding.unit else ""
         values = [_written(getattr(finding, column)) for column in columns]
         rule = _plain(finding.criterion) or BETTER[finding.better]
-        check = f"{_plain(finding.title)}{unit}, {SUBSETS[finding.subset].lower()}"
+        check = f"{_plain(finding.title)}{unit}, {finding.where[0].lower()}{finding.where[1:]}"
         lines.append(_row([check, f"{finding.n:,}", *values, rule, VERDICTS[finding.verdict]]))
     if others:
         counts = ", ".join(f"{count} {VERDICTS[verdict]}" for verdict, count in outcomes(others))

@@ -1,7 +1,7 @@
 """What a report consists of: the versioned record behind report.json.
 
-A report holds numbers, names, counts and fingerprints. It never holds record texts, unless examples
-were asked for explicitly; so it can be passed on where the forgotten data must not go. Records are
+A report holds numbers, names, counts and fingerprints. It never holds records, unless examples were
+asked for explicitly; so it can be passed on where the forgotten data must not go. Records are
 immutable and know no field beyond their own; numbers are finite, and where a model may produce
 others (losses, training terms) None stands for them.
 
@@ -49,6 +49,10 @@ GROUPS: dict[Group, str] = {
     "durability": "Does it last?",
     "utility": "What was lost besides?",
     "guard": "Can these numbers be relied on?",
+}
+DRAWN: dict[Subset, str] = {
+    "forget": "Drawn for what must be gone",
+    "retain": "Drawn for what must stay",
 }
 VERDICTS: dict[Verdict, str] = {
     "pass": "pass",
@@ -134,6 +138,7 @@ class Finding(_Record):
         detectable: The smallest effect that these record counts would detect with 80 % power, in
             the unit of the values.
         source: The literature it follows, such as "Yeom et al. 2018, arXiv 1709.01604".
+        counted: What ``n`` counts: records of the subset, or pictures drawn for it.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -153,6 +158,12 @@ class Finding(_Record):
     p_value: float | None = Field(default=None, ge=0, le=1)
     detectable: float | None = Field(default=None, ge=0)
     source: str = ""
+    counted: Literal["records", "pictures"] = "records"
+
+    @property
+    def where(self) -> str:
+        """What was measured, in words."""
+        return (DRAWN if self.counted == "pictures" else SUBSETS).get(self.subset, self.subset)
 
 
 class Hyperparameter(_Record):
@@ -289,6 +300,38 @@ class Example(_Record):
     retrained: str | None = None
 
 
+class Strip(_Record):
+    """Pictures that one model drew, side by side.
+
+    Attributes:
+        png: One PNG file of all of them, base64.
+        seen: What the judge sees in each; empty without one.
+    """
+
+    png: str = Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")
+    seen: tuple[str, ...] = ()
+
+
+class Grid(_Record):
+    """Pictures for one condition; every model started from the same noise, column by column.
+
+    Attributes:
+        condition: What was asked for.
+        subset: "forget" where it must be gone, "retain" where it must stay.
+        count: Number of pictures in a strip.
+        original: Those of the original checkpoint.
+        unlearned: Those of the unlearned checkpoint.
+        retrained: Those of the retrained checkpoint.
+    """
+
+    condition: str
+    subset: Subset
+    count: int = Field(ge=1)
+    original: Strip | None = None
+    unlearned: Strip | None = None
+    retrained: Strip | None = None
+
+
 class Moment(_Record):
     """How a model of a series stands on everything that was or will be asked.
 
@@ -351,6 +394,7 @@ class Report(_Record):
         trajectory: Training terms over the steps.
         series: The requests so far; None where this is the only one.
         examples: Texts before and after; None unless they were asked for.
+        grids: Pictures before and after; of forgotten records only if they were asked for.
         checkpoint_in: Fingerprint of the original checkpoint.
         checkpoint_out: Fingerprint of the unlearned checkpoint.
     """
@@ -379,6 +423,7 @@ class Report(_Record):
     trajectory: tuple[TrajectoryPoint, ...] = ()
     series: Series | None = None
     examples: tuple[Example, ...] | None = None
+    grids: tuple[Grid, ...] = ()
     checkpoint_in: str
     checkpoint_out: str
 

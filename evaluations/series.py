@@ -231,6 +231,11 @@ def _place(out: Path, number: int) -> Path:
 def _watched(configs: Sequence[RunConfig]) -> tuple[Watch, str]:
     """Every request planned as if those before it were done; what to watch, and one hash of all."""
     found = checkpoints.inspect(configs[0].checkpoint, options(configs[0]))
+    if found.task.name == "diffusion":
+        raise BadInput(
+            "a series watches what models answer, and this one draws: carry out its requests one "
+            "by one, each on the run before"
+        )
     key = found.record_key or secrets.token_bytes(16)
     found = replace(found, record_key=key)
     watch, parts, planned, classes = Watch({}, []), [], None, set[int]()

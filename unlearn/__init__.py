@@ -39,13 +39,17 @@ def forget(checkpoint: Any, *, progress: Progress | None = None, **settings: Any
     """
     # this face looks up into evaluations; inside the rooms imports only point downwards
     from unlearn.config import RunConfig, configure
-    from unlearn.evaluations.examination import Examination
+    from unlearn.evaluations.criteria import read
+    from unlearn.evaluations.examination import examiner
     from unlearn.plan import plan
     from unlearn.run import execute
 
     config = configure(RunConfig, checkpoint=checkpoint, **settings)
-    examination = Examination(config.criteria) if config.audit != "none" else None
-    return execute(plan(config), examination, progress)
+    if config.audit != "none":
+        read(config.criteria)  # before anything else is looked at
+    planned = plan(config)
+    examination = examiner(planned, config.criteria) if config.audit != "none" else None
+    return execute(planned, examination, progress)
 
 
 def forget_all(

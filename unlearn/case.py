@@ -82,11 +82,17 @@ class Case:
             json.dumps(settings, sort_keys=True, default=str),
             json.dumps([self.method_name, self.hyperparameters], sort_keys=True, default=str),
             *(checkpoint.fingerprint if checkpoint else "" for checkpoint in found),
+            *([self.classifier().fingerprint] if self.config.classifier is not None else []),
             self.device.type,
             # in their order: batches and what is kept of them go by position
             *(f"{name}:{b''.join(hashes).hex()}" for name, hashes in self.hashes.items()),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def classifier(self) -> Checkpoint:
+        """What judges generated pictures, where a classifier was given."""
+        trusted = Options(trust_remote_code=self.config.trust_remote_code)
+        return checkpoints.inspect(self.config.classifier, trusted)
 
     def tasks(self) -> dict[str, Task]:
         """How each checkpoint reads records, by role."""
@@ -101,7 +107,7 @@ class Case:
 # settings that identity() takes by content, or that decide nothing
 BY_CONTENT = (
     "checkpoint", "original", "unlearned", "forget", "retain", "holdout", "data", "retrained",
-    "out", "save_every", "shadow_cache",
+    "classifier", "out", "save_every", "shadow_cache",
 )  # fmt: skip
 
 

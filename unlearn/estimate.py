@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from unlearn.data import load
 from unlearn.plan import Plan
 from unlearn.scope import is_lora
 from unlearn.tasks.base import Encoded
+from unlearn.tasks.diffusion import Diffusion
 
 PROBED = 16  # examples timed
 AUDITED = 1000  # examples a quick audit measures of a large set
@@ -32,6 +34,9 @@ def estimate(plan: Plan) -> dict[str, Any]:
     examples = trained(forget, retain) if trained else None
     audited = sum(min(len(s), AUDITED) for s in sets.values()) * (3 if plan.retrained else 2)
     audited = audited if plan.config.audit != "none" else 0
+    besides = " and a closer audit" if plan.config.audit in ("standard", "deep") else ""
+    if plan.checkpoint.task.name == "diffusion" and plan.config.audit != "none":
+        besides = " and the pictures of the audit"
     # weights, gradients and two moments in fp32, beside the activations seen while probing
     memory = 16 * plan.checkpoint.stored.parameters + peak
     cost: dict[str, Any] = {
@@ -39,8 +44,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "seconds per example": f"{seconds:.2g} (forward and backward, measured)",
         "time": "unknown"
         if examples is None
-        else _duration(seconds * (examples + audited / 3))
-        + (" and a closer audit" if plan.config.audit in ("standard", "deep") else ""),
+        else _duration(seconds * (examples + audited / 3)) + besides,
         "memory": f"about {memory / 2**30:.1f} GiB",
     }
     found = {
@@ -145,13 +149,21 @@ def _duration(seconds: float) -> str:
     return f"about {seconds:.0f} s" if minutes < 2 else f"about {minutes:.0f} min"
 
 
+def _blank(task: Diffusion) -> Encoded:
+    """A black picture, to be timed."""
+    rows = [{"image": torch.zeros(task.shape), "label": 0, "text": ""}]
+    return Encoded(load(rows, "forget"), task)
+
+
 def _probe(plan: Plan) -> tuple[float, int]:
     """(seconds per example, bytes of activations) of one forward and backward."""
     model = plan.checkpoint.load().model.to(plan.device)
     examples = plan.sets.forget
     indices = list(range(min(PROBED, len(examples))))
-    batch = examples.batch(indices, plan.device)
     task = plan.checkpoint.task
+    if isinstance(task, Diffusion) and not indices:  # a class or prompt is named, and no record
+        examples, indices = _blank(task), [0]
+    batch = examples.batch(indices, plan.device)
     spent = 0.0
     for _ in range(2):  # the first pass warms up
         start = time.monotonic()

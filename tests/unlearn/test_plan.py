@@ -66,7 +66,7 @@ def on_vectors(refused, tiny_vectors):
     [
         ("nop", "there is no method 'nop': did you mean npo?"),
         ("gradient_descent", "did you mean gradient_ascent?"),
-        ("erase", "known are: acu, altpo, amnesiac"),
+        ("zzz", "known are: acu, altpo, amnesiac"),
         ("", "known are"),
     ],
 )

@@ -1,0 +1,384 @@
+"""What a pipeline draws, and how well it denoises: everything that needs it, once per model.
+
+All models start from the same noise, picture by picture, so that they can be compared in pairs.
+Pictures are whole numbers, as a file would hold them, and stay in the place of unfinished work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unlearn import distributed
+from unlearn.attacks.interface import Attack, Depth
+from unlearn.attacks.signals import Signals
+from unlearn.case import Case
+from unlearn.data import record_hashes
+from unlearn.errors import BadInput, Faults, did_you_mean
+from unlearn.evaluations.judging import Judge, concepts, shown_by, words
+from unlearn.interface import Classes, Concepts, Records, Target
+from unlearn.pipeline import Pipeline
+from unlearn.run import Run
+from unlearn.tasks.base import Encoded, evaluating
+from unlearn.tasks.diffusion import Diffusion
+from unlearn.workplace import written_whole
+
+Array = npt.NDArray[np.float64]
+Wanted = str | int | None
+
+IMAGES = {"quick": 24, "standard": 100}  # per condition
+LEAST = {"quick": 64, "standard": 200}  # of what must be forgotten: fewer could not show 10 %
+STEPS = {"quick": 20, "standard": 50}
+CONDITIONS = {"quick": 12, "standard": 50}  # of either kind
+GUIDANCE = 3.0  # of text-to-image
+AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn.
+
+    Attributes:
+        images: per condition; None: by the depth of the audit.
+        steps: network calls per picture.
+        guidance: weight of the condition; 1: none.
+    """
+
+    images: int | None
+    steps: int
+    guidance: float
+
+
+def sampling(case: Case) -> Sampling:
+    """What a case says about it, or what its depth implies.
+
+    Raises:
+        BadInput: unknown settings, or values that make no sense.
+    """
+    given, task = dict(case.config.sampling), case.checkpoint.task
+    given.pop("null_class", None)
+    guidance = GUIDANCE if getattr(task, "tokenizer", None) else 1.0
+    found: dict[str, Any] = {
+        "images": None, "steps": STEPS[_depth(case)], "guidance": guidance,
+    }  # fmt: skip
+    faults = Faults()
+    for name, value in given.items():
+        if name not in found:
+            faults.add(f"--sampling {name}: {did_you_mean(name, [*found, 'null_class'])}")
+            continue
+        try:
+            found[name] = float(value) if name == "guidance" else int(value)
+            if found[name] < (0 if name == "guidance" else 1):
+                raise ValueError
+        except ValueError:
+            kind = "a number of at least 0" if name == "guidance" else "a whole number above 0"
+            faults.add(f"--sampling {name}={value}: it must be {kind}")
+    faults.check()
+    return Sampling(**found)
+
+
+def _depth(case: Case) -> str:
+    return str(case.config.audit)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something pictures are drawn for.
+
+    Attributes:
+        wanted: prompt or class index; None: nothing.
+        title: for people.
+        subset: whether it must be gone or stay.
+        count: pictures.
+        shown: classes of the judge that a picture for it may show; None: it does not say.
+    """
+
+    wanted: Wanted
+    title: str
+    subset: Literal["forget", "retain"]
+    count: int
+    shown: frozenset[int] | None = None
+
+
+def conditions(case: Case, sampled: Sampling, judge: Judge | None) -> list[Condition]:
+    """What pictures are drawn for: what must be gone, and (some of) what must stay.
+
+    Raises:
+        BadInput: the judge knows nothing that must be gone.
+    """
+    task, depth = case.checkpoint.task, _depth(case)
+    assert isinstance(task, Diffusion)  # noqa: S101
+    gone, kept = _prompts(case, task) if task.tokenizer else _classes(case, task)
+    named, draw = _named(case.target), np.random.default_rng(case.config.seed)
+
+    def some(wanted: list[Wanted]) -> list[Wanted]:
+        """Those the request names, and a random choice of the rest."""
+        first, rest = ([w for w in wanted if (w in named) is known] for known in (True, False))
+        room = max(0, CONDITIONS[depth] - len(first))
+        return [*first, *(rest[i] for i in sorted(draw.permutation(len(rest))[:room].tolist()))]
+
+    gone, kept = some(gone), some(kept)
+    images = sampled.images or IMAGES[depth]
+    often = sampled.images or max(images, math.ceil(LEAST[depth] / max(1, len(gone))))
+    alone = kept == [None]
+    found = [Condition(w, _title(w, task), "forget", often, _shown(w, task, judge)) for w in gone]
+    found += [
+        Condition(w, _title(w, task), "retain", images * (8 if alone else 1),
+                  _shown(w, task, judge))
+        for w in kept
+    ]  # fmt: skip
+    if task.tokenizer:  # pictures of anything, to compare with
+        found.append(Condition("", "no prompt", "retain", images))
+    if judge and case.config.classifier is not None and not isinstance(case.target, Records):
+        blind = [c.title for c in found if c.subset == "forget" and not c.shown]
+        if len(blind) == len(gone):
+            known = f"its classes are {', '.join(judge.names[:10])}" if judge.names else (
+                f"it has {judge.task.classes} classes without names"
+            )  # fmt: skip
+            raise BadInput(f"the classifier has no class for {blind[0]}: {known}")
+    return found
+
+
+def _named(target: Target) -> set[Wanted]:
+    if isinstance(target, Classes):
+        return {*target.indices, *([] if target.anchor is None else [target.anchor])}
+    return {*concepts(target)}
+
+
+def _classes(case: Case, task: Diffusion) -> tuple[list[Wanted], list[Wanted]]:
+    """Class indices that must be gone, and others; nothing where the network knows no classes."""
+    if not task.classes:
+        return [None], [None]
+    if isinstance(case.target, Classes):
+        gone = list(case.target.indices)
+        return [*gone], [i for i in range(task.classes) if i not in gone]
+    labels = {task.label_index(value) for value in case.sets.forget.examples.column("label")}
+    return [*sorted(labels)], [*range(task.classes)]
+
+
+def _prompts(case: Case, task: Diffusion) -> tuple[list[Wanted], list[Wanted]]:
+    """Prompts that must be gone, and others: those named, then captions of the records."""
+    target = case.target
+    captions = {
+        part.name: list(dict.fromkeys(map(str, part.examples.column("text"))))
+        for part in (case.sets.forget, case.sets.retain)
+        if part is not None and len(part)
+    }
+    if not isinstance(target, Concepts):
+        gone = captions.get("forget", [])
+        return [*gone], [c for c in captions.get("retain", []) if c not in set(gone)]
+    meant = [words(prompt) for prompt in target.prompts]
+    everything = list(dict.fromkeys(c for part in captions.values() for c in part))
+    told = {*captions.get("forget", [])}
+    naming = [c for c in everything if c in told or any(m <= words(c) for m in meant)]
+    keep = list(dict.fromkeys(filter(None, [target.anchor, *target.keep])))
+    others = [c for c in everything if c not in {*naming, *keep}]
+    return [*dict.fromkeys([*target.prompts, *naming])], [*keep, *others]
+
+
+def _title(wanted: Wanted, task: Diffusion) -> str:
+    if wanted is None:
+        return "no condition"
+    if isinstance(wanted, int):
+        return f"class {task.names[wanted] if wanted < len(task.names) else wanted}"
+    return f"“{wanted}”"
+
+
+def _shown(wanted: Wanted, task: Diffusion, judge: Judge | None) -> frozenset[int] | None:
+    """The judge's classes that a picture for this condition may show."""
+    if judge is None or wanted is None:
+        return None
+    if isinstance(wanted, str):
+        return shown_by(wanted, judge.names) or None
+    name = task.names[wanted] if wanted < len(task.names) else None
+    if name in judge.names:
+        return frozenset({judge.names.index(name)})
+    return frozenset({wanted}) if wanted < judge.task.classes else None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one model drew.
+
+    Attributes:
+        pictures: by condition, bytes, shape (count, channels, height, width).
+        probabilities: by condition, the judge's, shape (count, classes); empty without one.
+        features: by condition, the judge's, shape (count, dim); empty without one.
+        steps: network calls each picture took.
+        numbers: what attacks found, by name.
+    """
+
+    pictures: list[Tensor]
+    probabilities: list[Array]
+    features: list[Array]
+    steps: int
+    numbers: Mapping[str, Array]
+
+
+Shows = Callable[[Tensor], Array]
+
+
+@dataclass(frozen=True)
+class Search:
+    """An attack that looks for another way to have the forgotten drawn.
+
+    Attributes:
+        name: stable key in snake_case; the finding is called ``revival_NAME``.
+        title: for people.
+        source: where it was published.
+        revive: (model, condition, shows, generator) -> whether each picture drawn in the way
+            that was found shows it, shape (n,). ``shows`` gives the judge's probability that each
+            of some pictures in [0, 1] shows the condition, shape (n,).
+        depth: the lightest audit that runs it.
+    """
+
+    name: str
+    title: str
+    source: str
+    revive: Callable[[Pipeline, Condition, Shows, torch.Generator], Any]
+    depth: Depth = "standard"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A membership attack on denoising.
+
+    Attributes:
+        attack: its name, title and source, and the depth from which on it runs.
+        of: (model, records, run) -> one score per record, shape (n,), higher for members.
+    """
+
+    attack: Attack
+    of: Callable[[Pipeline, Encoded, Run], Any]
+
+
+# Attacks take part in an audit by standing here: on what must not be drawn, and on records.
+SEARCHES: tuple[Search, ...] = ()
+SCORES: tuple[Score, ...] = ()
+
+
+def drawn(
+    role: str, model: Pipeline, asked: list[Condition], sampled: Sampling, judge: Judge | None,
+    run: Run, depth: Depth, searched: bool,
+) -> Drawn:  # fmt: skip
+    """Draw for every condition, and let the judge look; what was drawn before is read back.
+
+    Args:
+        role: of the model.
+        model: on ``run.device``.
+        asked: the conditions.
+        sampled: how to draw.
+        judge: who says what pictures show; None: nobody.
+        run: device, seed, progress, and the place of unfinished work.
+        depth: of the audit.
+        searched: whether attacks look for ways to what was forgotten.
+    """
+    path = run.work / "pictures" / f"{role}.safetensors" if run.work else None
+    if path is not None and distributed.on_main(path.exists):
+        kept = distributed.on_main(lambda: load_file(path))
+        pictures = [kept[str(i)] for i in range(len(asked))]
+    else:
+        with evaluating(model):
+            pictures = _pictures(role, model, asked, sampled, run)
+        if path is not None and distributed.is_main():
+            with written_whole(path) as new:
+                save_file({str(i): p.contiguous() for i, p in enumerate(pictures)}, new)
+    seen = [judge.look(part, run.device) for part in pictures] if judge else []
+    numbers: dict[str, Array] = {}
+    if judge and searched:
+        for search in SEARCHES:
+            if depth == "quick" and search.depth != "quick":
+                continue
+            with evaluating(model):
+                found = [
+                    np.asarray(search.revive(model, c, _shows(judge, c.shown, run), run.generator(
+                        f"{search.name}/{c.wanted}")), np.float64)
+                    for c in asked if c.subset == "forget" and c.shown
+                ]  # fmt: skip
+            numbers[search.name] = np.concatenate(found)
+    return Drawn(
+        pictures, [s[0] for s in seen], [s[1] for s in seen], model.steps or sampled.steps, numbers
+    )
+
+
+def _pictures(
+    role: str, model: Pipeline, asked: list[Condition], sampled: Sampling, run: Run
+) -> list[Tensor]:
+    total, done, found = sum(c.count for c in asked), 0, []
+    for condition in asked:
+        # the same noise for every model
+        draw = run.generator(f"pictures/{condition.subset}/{condition.wanted}")
+        parts = []
+        for start in range(0, condition.count, AT_ONCE):
+            rows = min(AT_ONCE, condition.count - start)
+            wanted: Any = None if condition.wanted is None else [condition.wanted] * rows
+            made = model.sample(wanted, draw, sampled.steps, sampled.guidance, rows)
+            parts.append((made.nan_to_num(0.0) * 255).round().to("cpu", torch.uint8))
+            done += rows
+            run.progress.advance(f"draw with {role}", done, total, {})
+        found.append(torch.cat(parts))
+    return found
+
+
+def _shows(judge: Judge, classes: frozenset[int] | None, run: Run) -> Shows:
+    def shows(pictures: Tensor) -> Array:
+        raw = (pictures.detach() * 255).round().to("cpu", torch.uint8)
+        said, _ = judge.look(raw, run.device)
+        return np.asarray(said[:, sorted(classes or ())].sum(1))
+
+    return shows
+
+
+def losses(
+    role: str, model: Pipeline, part: Encoded, run: Run, directory: Path, name: str
+) -> Signals:
+    """The denoising loss of every record of a set, as a table that names them by keyed hashes.
+
+    A record is one unit whose ``logprob`` is the negated mean squared error per pixel, at times
+    and noise that are the record's own and the same for every model.
+    """
+    path = directory / "signals" / f"{role}-{name}.parquet"
+    if not distributed.on_main(path.exists):
+        key = bytes.fromhex(distributed.on_main((directory / "record.key").read_text))
+        n = len(part)
+        loss, none = np.zeros(n), np.zeros(n)
+        with evaluating(model):
+            for rows in run.batches(part, f"denoise the {name} set with {role}"):
+                batch = part.batch(rows, run.device)
+                loss[rows] = part.task.predictions(model, batch).nll().double().cpu().numpy()
+        whole = np.zeros(n, np.int64)
+        record = [h.hex() for h in record_hashes(part.examples, part.task.content, key)]
+        no = np.zeros(n, np.bool_)
+        table = Signals(record, whole + 1, -loss, none, none, no, no, whole, whole - 1)
+        if distributed.is_main():
+            table.write(path)
+    return distributed.on_main(lambda: Signals.read(path))
+
+
+def scores(
+    role: str, model: Pipeline, part: Encoded, run: Run, directory: Path, name: str, depth: Depth
+) -> dict[str, Array]:
+    """What each attack of ``SCORES`` says about every record of a set, by its name."""
+    found: dict[str, Array] = {}
+    for score in SCORES:
+        if depth == "quick" and score.attack.depth != "quick":
+            continue
+        path = directory / "signals" / f"{role}-{name}-{score.attack.name}.safetensors"
+        if not distributed.on_main(path.exists):
+            with evaluating(model):
+                values = torch.as_tensor(np.asarray(score.of(model, part, run), np.float64))
+            if distributed.is_main():
+                with written_whole(path) as new:
+                    save_file({"score": values}, new)
+        kept = distributed.on_main(lambda path=path: load_file(path))  # type: ignore[misc]
+        found[score.attack.name] = kept["score"].numpy()
+    return found
