@@ -32,9 +32,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from unlearn import distributed
-from unlearn.errors import Collapsed, Unsupported
+from unlearn.errors import BadInput, Collapsed, Unsupported
 from unlearn.interface import Request, Subject
 from unlearn.scope import SALIENCY, Moving, moving, share_of
+from unlearn.surgery import Rule, Surgery
 from unlearn.tasks.base import Batch, Encoded, Predictions, evaluating
 
 if TYPE_CHECKING:
@@ -116,6 +117,14 @@ class Training:
         ),
     ] = 10.0
 
+    surgery: Annotated[
+        Rule,
+        Field(
+            description="what becomes of a tensor's forget gradient where it conflicts with the "
+            "retain gradient: nothing (none), the conflict goes (projection), or what DoCo's code "
+            "does (as_published)"
+        ),
+    ] = "none"
     compile: Annotated[
         bool, Field(description="torch.compile every block: pays on a GPU and for long runs")
     ] = False
@@ -130,6 +139,10 @@ class Training:
     def unlearn(self, subject: Subject, request: Request, run: Run) -> Subject:
         """Descend on the terms."""
         return descend(subject, self.terms(subject, request, run), self, run)
+
+    def joined(self) -> Surgery:
+        """How the gradients of what must go and of what is held become one."""
+        return Surgery(self.surgery)
 
     def steps(self, examples: int) -> int:
         """Number of optimiser steps over ``examples``."""
@@ -160,6 +173,11 @@ class Term:
     per: Literal["example", "unit"]
     weight: float = 1.0
     forward: Callable[[nn.Module, Batch], Any] | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether it is about what stays; surgery protects that."""
+        return self.examples.name == "retain"
 
 
 def likelihood(predictions: Predictions, batch: Batch) -> Tensor:
@@ -215,6 +233,7 @@ def descend(
     before: Callable[[Moving, Callable[[], Numbers]], None] | None = None,
     reweigh: Callable[[int, list[float], Numbers], list[float]] | None = None,
     after: Callable[[Moving, int, dict[str, Tensor]], None] | None = None,
+    memory: dict[str, Tensor] | None = None,
 ) -> Subject:
     """Minimise the weighted sum of ``terms`` over the parameters in scope, in place.
 
@@ -234,12 +253,15 @@ def descend(
             weight 0 are then computed, too.
         after: called behind every step with the parameters that may move, the number of steps
             done, and a dictionary of tensors of the caller's, kept with unfinished training.
+        memory: that dictionary, for losses that read what an interrupted run kept there.
 
     Raises:
         Collapsed: a loss or gradient is not finite, or a loss exploded.
-        Unsupported: with ``run.sharded``, ``before`` or ``after``, or a scope with parts of
-            tensors.
+        BadInput: surgery, and only one side has a term.
+        Unsupported: with ``run.sharded``, ``before`` or ``after``, surgery, or a scope with parts
+            of tensors.
     """
+    surgery = _surgery(settings, terms, run)
     plan = schedule(settings, [len(term.examples) for term in terms], run, phase)
     masks = _masks(subject, terms, settings, run)
     steps = len(plan[0])
@@ -257,7 +279,7 @@ def descend(
         optimizer = optimizer_for(moved, settings)
         guard = Guard(settings, run)
         weights = [term.weight for term in terms]
-        memory: dict[str, Tensor] = {}
+        memory = {} if memory is None else memory
         kept = _Kept(run, phase, moved, optimizer, guard, weights, memory, apply.whole)
 
         def gradients(step: int) -> Numbers:
@@ -266,12 +288,19 @@ def descend(
                 moved.settle()
             optimizer.zero_grad()
             numbers: Numbers = {}
-            for term, batches, weight in zip(terms, plan, weights, strict=True):
-                if weight or reweigh:
-                    numbers |= _accumulate(apply, term, batches[step], weight, settings, run)
-                    guard.check(numbers, term.name, step)
-            if apply.whole:
-                distributed.add_gradients(parameters)
+            forget: list[Tensor | None] = []
+            for side in (False, True) if surgery else (None,):
+                for term, batches, weight in zip(terms, plan, weights, strict=True):
+                    if (weight or reweigh) and side in (None, term.held):
+                        numbers |= _accumulate(apply, term, batches[step], weight, settings, run)
+                        guard.check(numbers, term.name, step)
+                if apply.whole:
+                    distributed.add_gradients(parameters)
+                if side is False:
+                    forget = [p.grad for p in parameters]
+                    optimizer.zero_grad()
+            if surgery:
+                surgery.operate(parameters, forget)
             return numbers
 
         started = time.monotonic()
@@ -303,6 +332,23 @@ def descend(
     distributed.averaged(b for m in norms for b in m.buffers() if b.is_floating_point())
     subject.model.eval()
     return subject
+
+
+def _surgery(settings: Training, terms: Sequence[Term], run: Run) -> Surgery | None:
+    """The surgery the settings ask for, where there are two sides to it."""
+    surgery = settings.joined()
+    if surgery.rule == "none" and surgery.adds:
+        return None
+    if run.sharded:
+        raise Unsupported(
+            "surgery compares whole gradients, which FSDP keeps apart: launch without FSDP"
+        )
+    if {term.held for term in terms} != {False, True}:
+        raise BadInput(
+            "surgery needs losses on the forget set and on the retain set, and this method states "
+            "one of them only: choose another retention or method"
+        )
+    return surgery
 
 
 def _still(moved: Moving) -> None:
