@@ -65,6 +65,7 @@ class DiffusionExamination:
         self.signals: dict[Checkpoint, dict[str, Signals]] = {}
         self.scores: dict[Checkpoint, dict[str, dict[str, Array]]] = {}
         self.weights: dict[Role, dict[str, str]] = {}
+        self.known: dict[Any, pictures.Known] = {}
 
     def prepare(self, case: Case) -> None:
         """Find a judge, and what to draw.
@@ -85,7 +86,7 @@ class DiffusionExamination:
     def measure(self, role: Role, model: nn.Module, case: Case, run: Run, directory: Path) -> None:
         """Draw, look and denoise with one model; what was drawn before is read back."""
         assert isinstance(model, Pipeline)  # noqa: S101
-        searched = not isinstance(case.target, Records)
+        searched = None if isinstance(case.target, Records) else self.known
         self.weights[role] = _weights(model, case.checkpoint.task)
         self.drawn[role] = pictures.drawn(
             role, model, self.conditions, self.sampling, self.judge, run, self.depth, searched

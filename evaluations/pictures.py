@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unlearn import distributed
+from unlearn.attacks import concept_search, denoising
 from unlearn.attacks.interface import Attack, Depth
 from unlearn.attacks.signals import Signals
 from unlearn.case import Case
@@ -225,6 +226,20 @@ class Drawn:
 
 
 Shows = Callable[[Tensor], Array]
+SEARCHED = 16  # pictures an attack draws with what it found
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an attacker knows of a forgotten condition: what the original made of it.
+
+    Attributes:
+        pictures: that the original drew, in [0, 1], shape (n, c, h, w).
+        told: what the original was told, as of :func:`concept_search.condition_of`.
+    """
+
+    pictures: Tensor
+    told: Tensor
 
 
 @dataclass(frozen=True)
@@ -235,16 +250,16 @@ class Search:
         name: stable key in snake_case; the finding is called ``revival_NAME``.
         title: for people.
         source: where it was published.
-        revive: (model, condition, shows, generator) -> whether each picture drawn in the way
-            that was found shows it, shape (n,). ``shows`` gives the judge's probability that each
-            of some pictures in [0, 1] shows the condition, shape (n,).
+        revive: (model, condition, known, shows, generator, sampling) -> whether each picture
+            drawn in the way that was found shows it, shape (n,). ``shows`` gives the judge's
+            probability that each of some pictures in [0, 1] shows the condition, shape (n,).
         depth: the lightest audit that runs it.
     """
 
     name: str
     title: str
     source: str
-    revive: Callable[[Pipeline, Condition, Shows, torch.Generator], Any]
+    revive: Callable[[Pipeline, Condition, Known, Shows, torch.Generator, Sampling], Any]
     depth: Depth = "standard"
 
 
@@ -262,13 +277,74 @@ class Score:
 
 
 # Attacks take part in an audit by standing here: on what must not be drawn, and on records.
-SEARCHES: tuple[Search, ...] = ()
-SCORES: tuple[Score, ...] = ()
+def _swapped(
+    model: Pipeline, c: Condition, known: Known, shows: Shows, draw: torch.Generator, how: Sampling
+) -> Array:
+    found = concept_search.swap_attack(
+        model, _named_one(c), known.told, _truth(shows), draw, sampling=_few(how)
+    )
+    return _as_hits(found)
+
+
+def _descended(
+    model: Pipeline, c: Condition, known: Known, shows: Shows, draw: torch.Generator, how: Sampling
+) -> Array:
+    found = concept_search.embedding_attack(
+        model, _named_one(c), _truth(shows), draw, pictures=known.pictures, sampling=_few(how)
+    )
+    return _as_hits(found)
+
+
+def _reworded(
+    model: Pipeline, c: Condition, known: Known, shows: Shows, draw: torch.Generator, how: Sampling
+) -> Array:
+    wanted = _named_one(c)
+    given: dict[str, Any] = {"pictures": known.pictures, "sampling": _few(how)}
+    if isinstance(wanted, str):
+        found = concept_search.token_attack(model, wanted, _truth(shows), draw, 256, **given)
+    else:
+        found = concept_search.other_conditions(model, wanted, _truth(shows), draw, 64, **given)
+    return _as_hits(found)
+
+
+def _named_one(condition: Condition) -> str | int:
+    if condition.wanted is None:
+        raise BadInput("what nothing is asked for has no condition to search")
+    return condition.wanted
+
+
+def _few(how: Sampling) -> concept_search.Sampling:
+    return concept_search.Sampling(SEARCHED, how.steps, how.guidance)
+
+
+def _truth(shows: Shows) -> Callable[[Tensor], Any]:
+    return lambda pictures: shows(pictures) > 0.5
+
+
+def _as_hits(found: concept_search.Revival) -> Array:
+    hits, trials = found.after
+    return np.repeat([1.0, 0.0], [hits, trials - hits])
+
+
+SEARCHES: tuple[Search, ...] = (
+    Search("swap", "what the original was told", "", _swapped),
+    Search("embedding", "a condition found by descent",
+           "Pham et al. 2024, arXiv 2308.01508", _descended),
+    Search("words", "other words or classes", "Zhang et al. 2024, arXiv 2310.11868", _reworded),
+)  # fmt: skip
+SCORES: tuple[Score, ...] = tuple(
+    Score(Attack(name, title, source, lambda *_: np.zeros(0), depth="standard"), of)
+    for name, title, source, of in (
+        ("secmi", "SecMI", "Duan et al. 2023, arXiv 2302.01316", denoising.secmi_scores),
+        ("pia", "PIA", "Kong et al. 2023, arXiv 2305.18355", denoising.pia_scores),
+        ("pian", "PIAN", "Kong et al. 2023, arXiv 2305.18355", denoising.pian_scores),
+    )
+)
 
 
 def drawn(
     role: str, model: Pipeline, asked: list[Condition], sampled: Sampling, judge: Judge | None,
-    run: Run, depth: Depth, searched: bool,
+    run: Run, depth: Depth, known: dict[Any, Known] | None,
 ) -> Drawn:  # fmt: skip
     """Draw for every condition, and let the judge look; what was drawn before is read back.
 
@@ -280,7 +356,8 @@ def drawn(
         judge: who says what pictures show; None: nobody.
         run: device, seed, progress, and the place of unfinished work.
         depth: of the audit.
-        searched: whether attacks look for ways to what was forgotten.
+        known: by condition, what attacks may start from that look for ways to what was forgotten,
+            filled with what the original draws; None: none is run.
     """
     path = run.work / "pictures" / f"{role}.safetensors" if run.work else None
     if path is not None and distributed.on_main(path.exists):
@@ -294,15 +371,22 @@ def drawn(
                 save_file({str(i): p.contiguous() for i, p in enumerate(pictures)}, new)
     seen = [judge.look(part, run.device) for part in pictures] if judge else []
     numbers: dict[str, Array] = {}
-    if judge and searched:
+    if judge and known is not None:
+        if role == "original":
+            for c, part in zip(asked, pictures, strict=True):
+                if c.subset == "forget" and c.wanted is not None:
+                    told = concept_search.condition_of(model, c.wanted)
+                    known[c.wanted] = Known(part.float() / 255, told)
         for search in SEARCHES:
             if depth == "quick" and search.depth != "quick":
                 continue
             with evaluating(model):
                 found = [
-                    np.asarray(search.revive(model, c, _shows(judge, c.shown, run), run.generator(
-                        f"{search.name}/{c.wanted}")), np.float64)
-                    for c in asked if c.subset == "forget" and c.shown
+                    np.asarray(search.revive(
+                        model, c, known[c.wanted], _shows(judge, c.shown, run),
+                        run.generator(f"{search.name}/{c.wanted}"), sampled,
+                    ), np.float64)
+                    for c in asked if c.subset == "forget" and c.shown and c.wanted in known
                 ]  # fmt: skip
             numbers[search.name] = np.concatenate(found)
     return Drawn(

@@ -262,7 +262,7 @@ class Pipeline(nn.Module):
             generator: on the CPU: the starting noise, the same on every device.
             steps: network calls (twice as many rows each with guidance); a pipeline that was made
                 for another number is sampled in that.
-            guidance: weight of the condition; 1: none.
+            guidance: weight of the condition; 1: none, as in a pipeline made for one step.
             count: pictures of an unconditional pipeline.
             decode: False: latents as they are denoised.
         """
@@ -271,7 +271,8 @@ class Pipeline(nn.Module):
         rows = count if condition is None else len(condition)
         if rows is None:
             raise BadInput("say how many pictures: this pipeline is not conditioned on anything")
-        guided = self.null(rows) if guidance != 1.0 else None
+        # a one-step generator was never told nothing
+        guided = self.null(rows) if guidance != 1.0 and not self.steps else None
         config = self.pipeline.scheduler.config
         spacing = "trailing" if self.steps else config.get("timestep_spacing", "leading")
         scheduler = library().DDIMScheduler.from_config(

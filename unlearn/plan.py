@@ -11,7 +11,7 @@ from unlearn import registry
 from unlearn.case import Case
 from unlearn.checkpoint import Checkpoint
 from unlearn.config import RunConfig
-from unlearn.errors import BadInput, Faults, MissingNeed
+from unlearn.errors import BadInput, Faults, MissingNeed, Unsupported
 from unlearn.interface import Method, Need, Request
 from unlearn.scope import SALIENCY, WORDS, matching
 from unlearn.tasks.classification import Classification
@@ -56,6 +56,11 @@ def plan(config: RunConfig, checkpoint: Checkpoint | None = None) -> Plan:
     if config.out is not None:
         cases.check_out(Path(config.out))
     checkpoint = checkpoint or checkpoints.inspect(config.checkpoint, cases.options(config))
+    if getattr(checkpoint.task, "one_step", False):
+        raise Unsupported(
+            f"{checkpoint.source} draws in one step and is no denoiser any more, as every method "
+            "needs it: go on from the checkpoint before"
+        )
     _check_needs(config, method, checkpoint)
     scope = getattr(method, "scope", "all")
     if scope not in WORDS:

@@ -195,9 +195,11 @@ def test_attacks_take_part_by_standing_in_a_list(
     """One small audit with records, a judge trained on them, and a pipeline of one step."""
 
     def old_row(
-        model: Pipeline, condition: pictures.Condition, shows: pictures.Shows, draw: torch.Generator
-    ) -> Any:
+        model: Pipeline, condition: pictures.Condition, known: pictures.Known,
+        shows: pictures.Shows, draw: torch.Generator, how: pictures.Sampling,
+    ) -> Any:  # fmt: skip
         assert condition.wanted == 3
+        assert known.pictures.shape == (condition.count, 1, 8, 8)
         drawn = model.sample([5, 5, 5], draw, 4)
         assert shows(drawn).shape == (3,)
         return [1.0, 1.0, 0.0]

@@ -140,7 +140,8 @@ def test_the_command_says_it_all(world: dict[str, Any], tmp_path: Path) -> None:
     listed.write_text('- forget_ids: "0:10"\n- forget_classes: 2\n')
     arguments = [
         "run", str(world["checkpoint"]), "--model", world["model"], "--data", str(world["data"]),
-        "--method", "random_label", "--set", "lr=0.03", "--set", "epochs=6", "--set", "batch_size=8",
+        "--method", "random_label", "--set", "lr=0.03", "--set", "epochs=6",
+        "--set", "batch_size=8",
         "--audit", "none", "--requests", str(listed), "--out", str(tmp_path / "s"),
     ]  # fmt: skip
     found = CliRunner().invoke(cli, [*arguments, "--json"])

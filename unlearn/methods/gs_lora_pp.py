@@ -106,7 +106,7 @@ class GSLoRAPP(GroupSparse):
 
     prototype_weight: Annotated[
         float, Field(ge=0, description="w_f, of the forget records' way from their prototypes")
-    ] = 0.05
+    ] = 0.01
     prototype_bound: Annotated[
         float,
         Field(gt=0, description="divergence in nats up to which they are led away; authors: 18"),

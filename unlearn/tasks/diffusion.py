@@ -27,6 +27,7 @@ from unlearn.pipeline import Pipeline
 from unlearn.tasks.base import Batch, Encoding, Predictions, Task
 from unlearn.tasks.pictures import image_bytes, image_fault, opened
 
+INSTEAD = {"instead_labels": "label", "instead_input_ids": "input_ids"}  # and what they stand for
 DROPPED = 0.1  # share of the conditions left out in train mode (Ho & Salimans 2022)
 
 
@@ -85,6 +86,7 @@ class Diffusion(Task):
         self.shape, self.classes, self.tokenizer = shape, classes, tokenizer
         self.names, self.draws = tuple(names), draws
         self.anchor: str | int | None = None
+        self.one_step = False  # made to be drawn from in one step: no denoiser any more
 
     def label_index(self, label: Any) -> int:
         """A label as a class index.
@@ -178,10 +180,15 @@ class Diffusion(Task):
         return raw.view(height, width, channels).permute(2, 0, 1).float() / 255
 
     def collate(self, encodings: Sequence[Encoding]) -> Batch:
-        """Stacked pictures and conditions."""
-        skipped = {"label", "units", "length"}
+        """Stacked pictures and conditions; ``relabelled``: to be denoised as under another one."""
+        skipped = {"label", "units", "length", *INSTEAD}
         keys = [key for key in encodings[0] if key not in skipped]
         batch = {key: torch.stack([torch.as_tensor(e[key]) for e in encodings]) for key in keys}
+        for key, own in INSTEAD.items():
+            if any(key in e for e in encodings):
+                told = [torch.as_tensor(e.get(key, e[own])) for e in encodings]
+                batch[key] = torch.stack(told)
+                batch["relabelled"] = torch.tensor([key in e for e in encodings])
         batch["labels"] = torch.tensor([e["label"] for e in encodings])[:, None]
         batch["units"] = torch.ones(len(encodings), dtype=torch.long)
         return batch
@@ -212,6 +219,10 @@ class Diffusion(Task):
         rows = len(batch["draw"])
         return [{**batch, "pick": torch.full((rows,), i)} for i in range(self.draws)]
 
+    def redrawn(self, batch: Batch) -> Batch:
+        """The batch with new times and noise, from torch's own generator, also in eval mode."""
+        return {**batch, "draw": torch.randint(2**48, (len(batch["draw"]),))}
+
     def conditions(self, model: Pipeline, batch: Batch, key: str = "") -> Tensor | None:
         """What the network is told about each example; ``instead``: what stands in for it."""
         if self.tokenizer:
@@ -234,11 +245,12 @@ class Diffusion(Task):
             keep = torch.rand(len(told)).to(told.device) >= DROPPED
             told = torch.where(keep.view(-1, *[1] * (told.ndim - 1)), told, null)
         aim = target(x_0, eps, own.abars[times], own.kind)
-        if "instead_labels" in batch or "instead_input_ids" in batch:
+        if "relabelled" in batch:
             with torch.no_grad():  # what it says about these pictures when told something else
                 other = self.conditions(own, batch, "instead_")
                 other = None if other is None else other.repeat_interleave(draws, 0)
-                aim = model(x_t, times, other)
+                chosen = batch["relabelled"].repeat_interleave(draws).view(-1, 1, 1, 1)
+                aim = torch.where(chosen, model(x_t, times, other), aim)
         error = (model(x_t, times, told) - aim).square().flatten(1).mean(1)
         return Denoised(error.view(rows, draws), batch["labels"])
 
@@ -333,4 +345,6 @@ def task_of(model: Pipeline, names: Sequence[str] = ()) -> Diffusion:
     known = model.classes or 0
     if model.denoiser_name == "unet" and model.null_class is not None:
         known -= 1
-    return Diffusion(model.picture_shape, known, model.tokenizer, names)
+    task = Diffusion(model.picture_shape, known, model.tokenizer, names)
+    task.one_step = model.steps is not None
+    return task
