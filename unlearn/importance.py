@@ -109,6 +109,7 @@ class _Recorder:
         self.uses: dict[int, list[tuple[Call, str]]] = defaultdict(list)
         self.open: list[Call] = []
         self.batch = 0
+        self.given: list[Any] = []  # what the outermost module was called with
         self.anchor = torch.zeros((), requires_grad=True)
 
     @contextmanager
@@ -143,10 +144,12 @@ class _Recorder:
             inputs, structure = pytree.tree_flatten((args, kwargs))
             if not self.batch:  # the outermost module's first input tells
                 self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 0)
+                self.given = [x for x in inputs if isinstance(x, Tensor)]
             if owned:
+                labels = any(x is y for x in inputs for y in self.given)
                 inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
                 versions = versions_of(inputs)
-                call = Call(module, label, keys, self.batch, inputs, structure, versions)
+                call = Call(module, label, keys, self.batch, inputs, structure, versions, labels)
                 self.open.append(call)
             for p in owned.values():
                 p.requires_grad_(False)

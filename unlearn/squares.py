@@ -33,6 +33,7 @@ class Call:
     inputs: list[Any]  # the leaves of (args, kwargs), which ``structure`` puts together again
     structure: pytree.TreeSpec
     versions: list[int]
+    given: bool = False  # an input is one of the caller's, which the batch leads
     outputs: int = 0
     deltas: dict[int, Tensor] = field(default_factory=dict)  # by place among the output's leaves
 
@@ -67,7 +68,8 @@ class Call:
         self.require(self.versions == versions_of(self.inputs), "its input was modified in place")
         led = all(self.has_batch(delta) for delta in self.deltas.values())
         self.require(led, "the batch does not lead its output")
-        if isinstance(self.module, nn.Embedding) and self.a.dim() == 1 < self.batch:
+        counted = isinstance(self.module, nn.Embedding) and not self.given
+        if counted and self.a.dim() == 1 < self.batch:
             positions = torch.arange(self.batch, device=self.a.device)
             self.require(not self.a.equal(positions), "positions need a leading dimension of 1")
 
@@ -234,6 +236,13 @@ def _batch_norm(call: Call, name: str) -> Tensor:
     return delta.reshape(*delta.shape[:2], -1).sum(2).square().sum(0)
 
 
+def _group_norm(call: Call, name: str) -> Tensor:
+    module, delta = call.module, call.delta
+    if name == "weight":
+        delta = F.group_norm(call.a, module.num_groups, eps=module.eps).mul_(delta)
+    return delta.reshape(*delta.shape[:2], -1).sum(2).square().sum(0)
+
+
 _RULES: dict[Any, Callable[[Call, str], Tensor]] = {
     nn.Linear.forward: _linear,
     Conv1D.forward: _linear,
@@ -244,6 +253,7 @@ _RULES: dict[Any, Callable[[Call, str], Tensor]] = {
     nn.LayerNorm.forward: _layer_norm,
     nn.RMSNorm.forward: _layer_norm,
     _BatchNorm.forward: _batch_norm,
+    nn.GroupNorm.forward: _group_norm,
 }
 
 

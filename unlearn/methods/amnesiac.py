@@ -23,7 +23,7 @@ from pydantic import Field
 from torch.utils.data import ConcatDataset
 
 from unlearn.data import Examples
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
 from unlearn.training import Term, Training, likelihood
@@ -37,7 +37,7 @@ class Amnesiac(Training):
         float, Field(gt=0, description="passes over the forget and retain set together")
     ] = 3
 
-    needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED)
+    needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED, tasks=ALL_TASKS)
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Draw the labels, and join the sets."""

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from unlearn.errors import Collapsed
 from unlearn.gradients import in_scope, mean_gradient
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
 from unlearn.run import Run
 
 
@@ -86,7 +86,7 @@ class IAU:
     @property
     def needs(self) -> Needs:
         """The retain set, unless nothing is corrected."""
-        return Needs(retain=Need.REQUIRED if self.correction else Need.NO)
+        return Needs(retain=Need.REQUIRED if self.correction else Need.NO, tasks=ALL_TASKS)
 
     def unlearn(self, subject: Subject, request: Request, run: Run) -> Subject:
         """Take the steps.

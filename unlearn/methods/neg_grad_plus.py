@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
 from unlearn.run import Run
 from unlearn.training import Term, Training, ascent, likelihood
 
@@ -46,7 +46,7 @@ class NegGradPlus(Training):
     ] = "sgd"
     weight_decay: Annotated[float, Field(ge=0, description="decoupled (adamw) or L2 (sgd)")] = 5e-4
 
-    needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED)
+    needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED, tasks=ALL_TASKS)
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """The retain set first: its size decides the number of steps."""

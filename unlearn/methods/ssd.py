@@ -14,6 +14,9 @@ n_all / n_forget, and a fixed alpha above that does nothing. By default alpha is
 p-th percentile of the finite ratios, with p = 100 - ln(1 + 100 n_forget / n_all) (ASSD, Schoepf et
 al. 2024, arXiv 2402.10098; its code measures I_all on the retain set, in train mode).
 
+A diffusion model's loss is a mean over draws of time and noise. Each draw counts as an example of
+its own: the squares are those of single draws, whose expectation is the Fisher information.
+
 ``importance="output"`` needs no labels (LFSSD, Foster et al. 2024, arXiv 2402.19308): gradients are
 those of |f(x)|^2, the squared length of the logits, added up over an answer's tokens. The paper
 averages absolute gradients, so that its ratios, and the alpha they are compared with, are of first
@@ -47,7 +50,7 @@ from torch import Tensor, nn
 from unlearn.data import record_hashes
 from unlearn.errors import BadInput
 from unlearn.importance import squared_gradients
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.interface import ALL_TASKS, WITH_LOGITS, Need, Needs, Request, Subject
 from unlearn.run import Run
 from unlearn.tasks.base import IGNORED, Batch, Encoded, Predictions
 
@@ -120,6 +123,7 @@ class SSD:
             retain=Need.OPTIONAL,
             state=Need.OPTIONAL,
             labels=Need.REQUIRED if self.importance == "loss" else Need.NO,
+            tasks=ALL_TASKS if self.importance == "loss" else WITH_LOGITS,
             either=("retain", "state"),
         )
 
@@ -266,10 +270,11 @@ class SSD:
             )
             order = [(sets[number], i) for _, _, number, i in rows]
             sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
-            for batch in self._batches(order, run, name):
-                found = squared_gradients(model, partial(losses, batch), parameters)
-                for key, value in found.items():
-                    sums[key] += value
+            for whole in self._batches(order, run, name):
+                for batch in run.task.singly(whole):
+                    found = squared_gradients(model, partial(losses, batch), parameters)
+                    for key, value in found.items():
+                        sums[key] += value
             return sums
 
         model.eval()
