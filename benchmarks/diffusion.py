@@ -74,7 +74,7 @@ ON_SHAPES: dict[str, Settings] = {
         "lr": 1e-3, "fake_lr": 2e-3, "guidance": 2, "average": 0.9, "templates": CONTEXTS,
     },
 }  # fmt: skip
-NEEDS_DATA = {"salun", "npo", "grad_diff", "random_label", "amnesiac", "ssd"}
+NEEDS_DATA = {"erase_diff", "salun", "npo", "grad_diff", "random_label", "amnesiac", "ssd"}
 
 
 def drawn(model: Pipeline, asked: list[Any]) -> Tensor:
