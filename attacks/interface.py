@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from unlearn.attacks.signals import Signals
 from unlearn.errors import BadInput
-from unlearn.interface import ALL_TASKS
+from unlearn.interface import WITH_LOGITS
 
 Array = npt.NDArray[np.float64]
 Depth = Literal["quick", "standard", "deep"]
@@ -92,5 +92,5 @@ class Attack:
     source: str
     score: Callable[[Evidence, str], Array]
     needs: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ALL_TASKS
+    tasks: tuple[str, ...] = WITH_LOGITS
     depth: Depth = "quick"

@@ -29,7 +29,7 @@ Examples:
 @click.option(
     "--requests",
     type=click.Path(path_type=Path),
-    help="YAML list of requests, each a mapping such as `forget_ids: 0:10`: carried out in turn, "
+    help="YAML list of requests, each a mapping such as `forget_ids: '0:10'`: carried out in turn, "
     "every run on the output of the one before",
 )
 @click.option("--dry-run", is_flag=True, help="check everything, print the plan and its cost")

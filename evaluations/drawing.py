@@ -136,6 +136,8 @@ class DiffusionExamination:
         """Membership attacks on the forget records, if there is anything to tell them from."""
         against = nonmembers(case)
         of_records = isinstance(case.target, Records)
+        if self.drawn["unlearned"].steps != self.drawn["original"].steps:
+            return []  # it draws in one step and denoises nothing: losses mean nothing
         if not len(case.sets.forget) or (against is None and not of_records):
             return []
         loss = Attack("loss", "Denoising loss", "Carlini et al. 2023, arXiv 2301.13188, section 5",
@@ -178,7 +180,12 @@ class DiffusionExamination:
             if self.judge
             else self.unjudged,
         ]
-        if not any(s.depth == "quick" or self.depth != "quick" for s in pictures.SEARCHES):
+        if self.drawn["unlearned"].steps != self.drawn["original"].steps:
+            found.append(
+                "The pipeline draws in one step and is no denoiser: attacks on denoising, and "
+                "searches by it for other conditions, were not run."
+            )
+        if not self.drawn["unlearned"].numbers:
             found.append(
                 "Nobody searched for other prompts or conditions that bring the forgotten back, "
                 "and a pass does not rule them out."

@@ -6,7 +6,6 @@ Where there is none, nothing is said in its place.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Concepts, Need
 from unlearn.tasks.base import evaluating
 from unlearn.tasks.classification import Classification
-from unlearn.tasks.diffusion import Diffusion
+from unlearn.tasks.diffusion import Diffusion, words
 
 Array = npt.NDArray[np.float64]
 
@@ -33,7 +32,6 @@ LEAST, AMPLE = 5, 50  # records of a class it can learn, and of one that it can 
 MOST = 5000  # records it learns from
 CAPTIONS = 100  # different ones that can be classes
 AT_ONCE = 64
-FILLING = {"a", "an", "the", "of", "and", "in", "on", "photo", "picture", "image"}
 
 
 @dataclass(frozen=True)
@@ -193,15 +191,6 @@ def _learned(pixels: Tensor, truth: Tensor, classes: int, seed: int) -> nn.Modul
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return net.eval()
-
-
-def words(text: str) -> frozenset[str]:
-    """The words of a prompt or class name that say something.
-
-    >>> sorted(words("a photo of a Red_disc"))
-    ['disc', 'red']
-    """
-    return frozenset(re.findall(r"[^\W_]+", text.lower())) - FILLING
 
 
 def shown_by(prompt: str, names: Sequence[str]) -> frozenset[int]:

@@ -25,12 +25,12 @@ from unlearn.attacks.signals import Signals
 from unlearn.case import Case
 from unlearn.data import record_hashes
 from unlearn.errors import BadInput, Faults, did_you_mean
-from unlearn.evaluations.judging import Judge, concepts, shown_by, words
+from unlearn.evaluations.judging import Judge, concepts, shown_by
 from unlearn.interface import Classes, Concepts, Records, Target
 from unlearn.pipeline import Pipeline
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded, evaluating
-from unlearn.tasks.diffusion import Diffusion
+from unlearn.tasks.diffusion import Diffusion, words
 from unlearn.workplace import written_whole
 
 Array = npt.NDArray[np.float64]
@@ -65,7 +65,8 @@ def sampling(case: Case) -> Sampling:
     Raises:
         BadInput: unknown settings, or values that make no sense.
     """
-    given, task = dict(case.config.sampling), case.checkpoint.task
+    given = dict(case.config.sampling)
+    task: Any = case.checkpoint.task
     given.pop("null_class", None)
     guidance = GUIDANCE if getattr(task, "tokenizer", None) else 1.0
     found: dict[str, Any] = {
@@ -83,6 +84,13 @@ def sampling(case: Case) -> Sampling:
         except ValueError:
             kind = "a number of at least 0" if name == "guidance" else "a whole number above 0"
             faults.add(f"--sampling {name}={value}: it must be {kind}")
+    if found["guidance"] != 1 and task.classes and task.null_class is None:
+        faults.add(
+            f"--sampling guidance={found['guidance']:g} needs a network that knows what no class "
+            "is: pass --sampling null_class=INDEX, or leave guidance at 1"
+        )
+    if found["steps"] > task.times:
+        faults.add(f"--sampling steps={found['steps']}: the schedule has {task.times} times")
     faults.check()
     return Sampling(**found)
 
@@ -203,6 +211,8 @@ def _shown(wanted: Wanted, task: Diffusion, judge: Judge | None) -> frozenset[in
     name = task.names[wanted] if wanted < len(task.names) else None
     if name in judge.names:
         return frozenset({judge.names.index(name)})
+    if name is not None and judge.names:
+        return None  # both have names, and they do not say the same
     return frozenset({wanted}) if wanted < judge.task.classes else None
 
 
@@ -254,6 +264,8 @@ class Search:
             drawn in the way that was found shows it, shape (n,). ``shows`` gives the judge's
             probability that each of some pictures in [0, 1] shows the condition, shape (n,).
         depth: the lightest audit that runs it.
+        denoises: whether it asks the model to denoise at any time, which a pipeline that was made
+            to draw in one step cannot.
     """
 
     name: str
@@ -261,6 +273,7 @@ class Search:
     source: str
     revive: Callable[[Pipeline, Condition, Known, Shows, torch.Generator, Sampling], Any]
     depth: Depth = "standard"
+    denoises: bool = False
 
 
 @dataclass(frozen=True)
@@ -329,8 +342,9 @@ def _as_hits(found: concept_search.Revival) -> Array:
 SEARCHES: tuple[Search, ...] = (
     Search("swap", "what the original was told", "", _swapped),
     Search("embedding", "a condition found by descent",
-           "Pham et al. 2024, arXiv 2308.01508", _descended),
-    Search("words", "other words or classes", "Zhang et al. 2024, arXiv 2310.11868", _reworded),
+           "Pham et al. 2024, arXiv 2308.01508", _descended, denoises=True),
+    Search("words", "other words or classes", "Zhang et al. 2024, arXiv 2310.11868", _reworded,
+           denoises=True),
 )  # fmt: skip
 SCORES: tuple[Score, ...] = tuple(
     Score(Attack(name, title, source, lambda *_: np.zeros(0), depth="standard"), of)
@@ -359,7 +373,9 @@ def drawn(
         known: by condition, what attacks may start from that look for ways to what was forgotten,
             filled with what the original draws; None: none is run.
     """
-    path = run.work / "pictures" / f"{role}.safetensors" if run.work else None
+    # of forgotten records nothing that may show them is kept
+    kept_apart = run.work if known is not None else None
+    path = kept_apart / "pictures" / f"{role}.safetensors" if kept_apart else None
     if path is not None and distributed.on_main(path.exists):
         kept = distributed.on_main(lambda: load_file(path))
         pictures = [kept[str(i)] for i in range(len(asked))]
@@ -378,7 +394,7 @@ def drawn(
                     told = concept_search.condition_of(model, c.wanted)
                     known[c.wanted] = Known(part.float() / 255, told)
         for search in SEARCHES:
-            if depth == "quick" and search.depth != "quick":
+            if (depth == "quick" and search.depth != "quick") or (model.steps and search.denoises):
                 continue
             with evaluating(model):
                 found = [
@@ -388,7 +404,8 @@ def drawn(
                     ), np.float64)
                     for c in asked if c.subset == "forget" and c.shown and c.wanted in known
                 ]  # fmt: skip
-            numbers[search.name] = np.concatenate(found)
+            if found:
+                numbers[search.name] = np.concatenate(found)
     return Drawn(
         pictures, [s[0] for s in seen], [s[1] for s in seen], model.steps or sampled.steps, numbers
     )

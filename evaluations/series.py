@@ -29,7 +29,8 @@ from unlearn.evaluations.schema import Moment, Series
 from unlearn.interface import Classes, Need
 from unlearn.plan import Plan, plan
 from unlearn.run import Progress, Role, Run, execute
-from unlearn.tasks.base import Encoded, evaluating
+from unlearn.tasks.base import IGNORED, Encoded, evaluating
+from unlearn.tasks.classification import Classification
 from unlearn.workplace import Outcome, written_whole
 
 ASKED = ("forget", "forget_ids", "forget_classes", "retain")  # what may differ between requests
@@ -75,7 +76,7 @@ class Watch:
 def worst(moments: Sequence[Moment]) -> dict[str, float]:
     """The worst moments of a series, by what they mean; empty before the first request."""
     done = len(moments) - 1
-    if done < 1:
+    if done < 1 or any(value is None for m in moments for value in m.forget):
         return {}
     forgotten = np.array([m.forget[:done] for m in moments], dtype=np.float64).T
     since = [row[i + 1 :] for i, row in enumerate(forgotten)]
@@ -102,14 +103,14 @@ def worst(moments: Sequence[Moment]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def _right(model: nn.Module, examples: Encoded, run: Run) -> float:
+def _right(model: nn.Module, examples: Encoded, run: Run) -> float | None:
     hits = units = 0
     with evaluating(model):
         for indices in examples.by_length(64):
             batch = examples.batch(indices, run.device)
             hits += int(run.task.predictions(model, batch).hits().sum())
-            units += int(batch["units"].sum())
-    return hits / units
+            units += int((batch["labels"] != IGNORED).sum())
+    return hits / units if units else None  # nothing says what would be right
 
 
 class Watching(Examination):
@@ -168,11 +169,21 @@ def _checked(requests: Sequence[Any]) -> list[dict[str, Any]]:
         raise BadInput("there is no request: give a list such as `- forget_classes: cat`")
     for number, request in enumerate(requests, 1):
         if not isinstance(request, Mapping):
-            raise BadInput(f"request {number} is not a mapping such as forget_ids: 0:10")
+            raise BadInput(f"request {number} is not a mapping such as forget_ids: '0:10'")
         for key in request:
             if key not in ASKED:
                 raise BadInput(f"request {number} says {key!r}: {did_you_mean(str(key), ASKED)}")
+        for key in ("forget_ids", "forget_classes"):
+            if not isinstance(request.get(key, ""), str) and not _one_class(key, request[key]):
+                raise BadInput(
+                    f"request {number} says {key}: {request[key]!r}, which is no text: put it in "
+                    'quotes, as forget_ids: "10:20" (YAML reads 10:20 as a time of day)'
+                )
     return [{k: v if k in ("forget", "retain") else str(v) for k, v in r.items()} for r in requests]
+
+
+def _one_class(key: str, value: Any) -> bool:
+    return key == "forget_classes" and isinstance(value, int) and not isinstance(value, bool)
 
 
 def forget_all(
@@ -199,6 +210,9 @@ def forget_all(
         unlearn.errors.UnlearnError: with a sentence on what is wrong and what to do.
     """
     asked = _checked(requests)
+    if twice := sorted({key for r in asked for key in r} & settings.keys()):
+        raise BadInput(f"{twice[0]} is said for all requests and by one of them: say it once")
+    settings = {**settings, "merge": True}  # a chain of adapters would need every base for good
     configs = [configure(RunConfig, checkpoint=checkpoint, **settings, **r) for r in asked]
     if configs[0].out is None:
         raise BadInput("a series needs a directory for its runs: pass --out")
@@ -236,6 +250,10 @@ def _watched(configs: Sequence[RunConfig]) -> tuple[Watch, str]:
             "a series watches what models answer, and this one draws: carry out its requests one "
             "by one, each on the run before"
         )
+    if found.source == checkpoints.MEMORY:
+        raise BadInput(
+            "a series goes on from what the run before wrote: save the model and pass its directory"
+        )
     key = found.record_key or secrets.token_bytes(16)
     found = replace(found, record_key=key)
     watch, parts, planned, classes = Watch({}, []), [], None, set[int]()
@@ -249,6 +267,11 @@ def _watched(configs: Sequence[RunConfig]) -> tuple[Watch, str]:
         watch.targets.append(str(planned.target))
         parts.append(planned.identity())
         gone = data.record_hashes(forget.examples, forget.task.shown, key)
+        if planned.method.needs.state is not Need.NO and (again := set(gone) & found.forgotten):
+            raise BadInput(
+                f"request {number} names {len(again)} records that an earlier one forgets: "
+                f"{config.method} keeps count of what it knows, and cannot forget them twice"
+            )
         found = replace(found, forgotten=found.forgotten | frozenset(gone))
         if planned.method.needs.state is not Need.NO:  # the run before will have kept some
             found = replace(found, state={"expected": torch.empty(0)})
@@ -261,7 +284,11 @@ def _watched(configs: Sequence[RunConfig]) -> tuple[Watch, str]:
         if classes:
             labels = map(last.checkpoint.task.label_index, unseen.examples.column("label"))
             unseen = unseen.select([i for i, label in enumerate(labels) if label not in classes])
-        watch.sets["holdout"] = unseen.sample(WATCHED, configs[0].seed)
+        if len(unseen):
+            watch.sets["holdout"] = unseen.sample(WATCHED, configs[0].seed)
+    if isinstance(last.checkpoint.task, Classification):  # what is watched is not for the method
+        reading = last.checkpoint.task.reading(Need.OPTIONAL)
+        watch.sets = {name: part.as_read(reading) for name, part in watch.sets.items()}
     return watch, hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

@@ -66,7 +66,7 @@ def test_npo_forgets_four_people_and_keeps_the_others(world: Path, tmp_path: Pat
     assert kept.unlearned.value > 0.9 * kept.original.value
     run = tmp_path / "run"
     expected = {"run.json", "lineage.json", "model", "metrics.jsonl", "signals", "report.json",
-                "report.html", "junit.xml", "statement.json", "record.key",
+                "report.html", "junit.xml", "statement.json", "record.key", "forgotten.txt",
                 "SHA256SUMS"}  # fmt: skip
     assert {p.name for p in run.iterdir()} == expected
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

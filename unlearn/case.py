@@ -22,7 +22,7 @@ from unlearn.errors import BadInput, Faults
 from unlearn.interface import Classes, Concepts, Method, Records, Target
 from unlearn.tasks.base import Encoded, Task
 from unlearn.tasks.classification import Classification
-from unlearn.tasks.diffusion import Diffusion
+from unlearn.tasks.diffusion import Diffusion, words
 
 SetName = Literal["forget", "retain", "holdout", "holdout_forget"]
 
@@ -128,7 +128,7 @@ def build(config: CaseConfig, checkpoint: Checkpoint, **made: Any) -> Case:
     """
     raw, target, warnings = _raw_sets(config, checkpoint.task)
     if isinstance(checkpoint.task, Diffusion):
-        checkpoint.task.anchor = target.anchor if isinstance(target, Classes) else config.anchor
+        checkpoint.task.anchor = _anchor(config, checkpoint.task, target)
     before = getattr(config, "unlearned", None)
     known = checkpoints.inspect(before, options(config)) if before is not None else checkpoint
     again = isinstance(target, Classes) and before is None
@@ -245,7 +245,7 @@ def _raw_sets(config: CaseConfig, task: Task) -> tuple[dict[str, data.Examples],
             ids = data.parse_ids(config.forget_ids)
             sets["forget"], sets["retain"] = data.split_by_ids(everything, ids)
         elif config.forget is None:
-            sets["retain"] = replace(everything, name="retain")  # the concept alone must go
+            sets |= _by_caption(config, task, everything)
         else:
             forget = data.load(config.forget, "forget", config.columns)
             _encode({"data": everything, "forget": forget}, task)  # every content can be read
@@ -275,8 +275,13 @@ def _without_forgotten(
     already. Records that were named are taken at their word.
     """
     kept, notes, key = dict(raw), list[str](), checkpoint.record_key
-    if not checkpoint.forgotten or key is None:
+    if not checkpoint.forgotten:
         return kept, notes
+    if key is None:
+        raise BadInput(
+            f"{checkpoint.source} cannot say what it forgot without its record.key: put that back "
+            "beside run.json, so that it is not retained again"
+        )
     shown = checkpoint.task.shown
     _encode(raw, checkpoint.task)  # every content can be read
     named = set(data.record_hashes(raw["forget"], shown, key))  # audited: this run forgot them
@@ -292,6 +297,35 @@ def _without_forgotten(
                 f"{out:,} records that earlier requests forgot were left out of the {name} set."
             )
     return kept, notes
+
+
+def _by_caption(
+    config: CaseConfig, task: Task, examples: data.Examples
+) -> dict[str, data.Examples]:
+    """Records whose caption says every word of a prompt that must go, and the others."""
+    _encode({"data": examples}, task)  # every caption is there
+    wanted = [words(prompt) for prompt in _listed(config.forget_concepts)]
+    said = [words(str(text)) for text in examples.column("text")]
+    named = [i for i, text in enumerate(said) if any(w and w <= text for w in wanted)]
+    gone = set(named)
+    rest = [i for i in range(len(said)) if i not in gone]
+    parts = {"forget": named, "retain": rest}
+    return {name: examples.select(part, name) for name, part in parts.items() if part}
+
+
+def _anchor(config: CaseConfig, task: Diffusion, target: Target) -> str | int | None:
+    """What is shown instead, as the task takes it.
+
+    Raises:
+        BadInput: no such class, or a prompt that the tokenizer reads as nothing.
+    """
+    if isinstance(target, Classes):
+        return target.anchor
+    if config.anchor is None or task.tokenizer is None:
+        return None if config.anchor is None else task.label_index(config.anchor)
+    if fault := task.expressible(config.anchor):
+        raise BadInput(fault)
+    return config.anchor
 
 
 def _classes(config: CaseConfig, task: Task, examples: data.Examples | None) -> Classes:

@@ -65,7 +65,7 @@ class Options:
     trust_remote_code: bool = False
     max_length: int | None = None
     chat_template: bool | None = None
-    null_class: int | None = None
+    null_class: Any = None
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ def _from_pipeline(source: str, path: Path, options: Options) -> Checkpoint:
     found = stored([f for f in files if f.parent.name in pipelines.DENOISERS])
     if options.task not in (None, "diffusion"):
         raise BadInput(f"{source} is a diffusion pipeline: leave --task {options.task} out")
-    null = None if options.null_class is None else int(options.null_class)
+    null = _null_class(options)
     # the architecture decides how records are read; its configuration alone is not enough
     held = pipelines.read(path, found.dtype, null)
     task, found = pipelines_task(held), found._replace(names=tuple(dict(held.named_parameters())))
@@ -564,7 +564,7 @@ def _class_names(config: Any, classes: int) -> list[str]:
 def _from_memory(subject: Subject, options: Options) -> Checkpoint:
     model, processor = subject.model, subject.processor
     if isinstance(model, pipelines.Pipeline) or hasattr(model, "components"):
-        return _pipeline_in_memory(subject)
+        return _pipeline_in_memory(subject, _null_class(options))
     one = single(model)
     config = getattr(one, "config", None) if isinstance(one, PreTrainedModel) else None
     kind = options.task
@@ -604,9 +604,19 @@ def _from_memory(subject: Subject, options: Options) -> Checkpoint:
     )  # fmt: skip
 
 
-def _pipeline_in_memory(subject: Subject) -> Checkpoint:
-    model: Any = subject.model
-    held = model if isinstance(model, pipelines.Pipeline) else pipelines.Pipeline(model)
+def _null_class(options: Options) -> int | None:
+    text = str(options.null_class)
+    if options.null_class is None or text.isdecimal():
+        return None if options.null_class is None else int(text)
+    raise BadInput(f"--sampling null_class={text}: it must be the index of a class")
+
+
+def _pipeline_in_memory(subject: Subject, null_class: int | None) -> Checkpoint:
+    held: Any = subject.model
+    if not isinstance(held, pipelines.Pipeline):
+        held = pipelines.Pipeline(held, null_class=null_class)
+    elif null_class is not None:
+        held = pipelines.Pipeline(held.pipeline, None, held.steps, null_class)
     parameters = dict(held.named_parameters())
     dtype = next(iter(parameters.values())).dtype
     found = Stored(dtype, sum(p.numel() for p in parameters.values()), tuple(parameters))

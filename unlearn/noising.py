@@ -19,37 +19,37 @@ Kind = Literal["epsilon", "v_prediction", "sample"]
 
 def noised(x_0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
     """x_t from data and noise of the same shape (rows, ...), ``abar`` of shape (rows,)."""
-    a = _wide(abar, x_0)
-    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+    signal, noise = _shares(abar, x_0)
+    return signal * x_0 + noise * eps
 
 
 def to_eps(predicted: Tensor, x_t: Tensor, abar: Tensor, kind: Kind) -> Tensor:
     """The noise that a prediction of this kind stands for."""
-    a = _wide(abar, x_t)
+    signal, noise = _shares(abar, x_t)
     if kind == "epsilon":
         return predicted
     if kind == "v_prediction":
-        return a.sqrt() * predicted + (1 - a).sqrt() * x_t
-    return (x_t - a.sqrt() * predicted) / (1 - a).sqrt()
+        return signal * predicted + noise * x_t
+    return (x_t - signal * predicted) / noise
 
 
 def to_x0(predicted: Tensor, x_t: Tensor, abar: Tensor, kind: Kind) -> Tensor:
     """The data that a prediction of this kind stands for."""
-    a = _wide(abar, x_t)
+    signal, noise = _shares(abar, x_t)
     if kind == "sample":
         return predicted
     if kind == "v_prediction":
-        return a.sqrt() * x_t - (1 - a).sqrt() * predicted
-    return (x_t - (1 - a).sqrt() * predicted) / a.sqrt()
+        return signal * x_t - noise * predicted
+    return (x_t - noise * predicted) / signal
 
 
 def from_eps(eps: Tensor, x_t: Tensor, abar: Tensor, kind: Kind) -> Tensor:
     """What a network of this kind would have to predict for this noise."""
-    a = _wide(abar, x_t)
+    signal, noise = _shares(abar, x_t)
     if kind == "epsilon":
         return eps
-    x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()
-    return x_0 if kind == "sample" else a.sqrt() * eps - (1 - a).sqrt() * x_0
+    x_0 = (x_t - noise * eps) / signal
+    return x_0 if kind == "sample" else signal * eps - noise * x_0
 
 
 def target(x_0: Tensor, eps: Tensor, abar: Tensor, kind: Kind) -> Tensor:
@@ -58,8 +58,8 @@ def target(x_0: Tensor, eps: Tensor, abar: Tensor, kind: Kind) -> Tensor:
         return eps
     if kind == "sample":
         return x_0
-    a = _wide(abar, x_0)
-    return a.sqrt() * eps - (1 - a).sqrt() * x_0
+    signal, noise = _shares(abar, x_0)
+    return signal * eps - noise * x_0
 
 
 def time_of(sigma: float, abars: Tensor) -> int:
@@ -73,5 +73,7 @@ def time_of(sigma: float, abars: Tensor) -> int:
     return int((levels - torch.tensor(float(sigma)).log()).abs().argmin())
 
 
-def _wide(abar: Tensor, like: Tensor) -> Tensor:
-    return abar.to(like).view(-1, *[1] * (like.ndim - 1))
+def _shares(abar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(abar) and sqrt(1 - abar), rounded afterwards: half precision has no 1 - abar near 0."""
+    wide = abar.double().view(-1, *[1] * (like.ndim - 1))
+    return wide.sqrt().to(like), (1 - wide).sqrt().to(like)

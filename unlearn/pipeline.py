@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,11 @@ class Pipeline(nn.Module):
                 f"{type(pipeline.scheduler).__name__} has no noise variances (flow matching is not "
                 "supported): use a pipeline with a DDPM or DDIM scheduler"
             )
+        if pipeline.scheduler.config.prediction_type not in get_args(Kind):
+            raise Unsupported(
+                f"the scheduler's prediction type {pipeline.scheduler.config.prediction_type!r} is "
+                f"not supported: known are {', '.join(get_args(Kind))}"
+            )
         self.pipeline, self.steps, self.stated_null = pipeline, steps, null_class
         self.denoiser_name = "unet" if hasattr(pipeline, "unet") else "transformer"
         self.trained = trained or self.denoiser_name
@@ -61,6 +66,11 @@ class Pipeline(nn.Module):
         self._modules[self.trained] = getattr(pipeline, self.trained)
         for _, part in self._beside():
             part.eval().requires_grad_(False)
+        if null_class is not None and self.classes is not None and null_class != self.classes - 1:
+            raise BadInput(
+                f"null_class {null_class} is not the last of the {self.classes} rows of the class "
+                "embedding: only that can stand for no class"
+            )
 
     def _beside(self) -> list[tuple[str, nn.Module]]:
         parts = self.pipeline.components.items()
@@ -183,12 +193,24 @@ class Pipeline(nn.Module):
 
         Classifier-free guidance (Ho & Salimans 2022, eq. 6, written with weight 1 for none).
         """
-        abar = self.abars[t]
+        predicted = self.guided(x_t, t, condition, null, guidance)
+        return to_eps(predicted, x_t, self.abars[t], self.kind)
+
+    def guided(
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None, null: Tensor | None,
+        guidance: float,
+    ) -> Tensor:  # fmt: skip
+        """What the denoiser predicts under guidance, in its own terms.
+
+        Those are affine in the noise, so it comes to the same as guiding the noise.
+        """
         if null is None or condition is None or guidance == 1.0:
-            return to_eps(self(x_t, t, condition), x_t, abar, self.kind)
+            predicted: Tensor = self(x_t, t, condition)
+            return predicted
         both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([null, condition]))
-        bare, told = (to_eps(part, x_t, abar, self.kind) for part in both.chunk(2))
-        return bare + guidance * (told - bare)
+        bare, told = both.chunk(2)
+        mixed: Tensor = bare + guidance * (told - bare)
+        return mixed
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t at integer times, shape (rows,)."""
@@ -273,23 +295,29 @@ class Pipeline(nn.Module):
             raise BadInput("say how many pictures: this pipeline is not conditioned on anything")
         # a one-step generator was never told nothing
         guided = self.null(rows) if guidance != 1.0 and not self.steps else None
-        config = self.pipeline.scheduler.config
-        spacing = "trailing" if self.steps else config.get("timestep_spacing", "leading")
+        own = self.pipeline.scheduler
+        spacing = "trailing" if self.steps else own.config.get("timestep_spacing", "leading")
         scheduler = library().DDIMScheduler.from_config(
-            config, prediction_type="epsilon", timestep_spacing=spacing,  # noise: see eps()
-            clip_sample=bool(config.get("clip_sample")) and self.vae is None,
+            own.config, trained_betas=own.betas.tolist(), timestep_spacing=spacing,
+            clip_sample=bool(own.config.get("clip_sample")) and self.vae is None,
         )  # fmt: skip
         scheduler.set_timesteps(self.steps or steps)
         x = torch.randn((rows, *self.shape), generator=generator).to(self.device, self.dtype)
         for t in scheduler.timesteps:
             times = torch.full((rows,), int(t), device=self.device)
-            found = self.eps(x, times, condition, guided, guidance)  # type: ignore[arg-type]
+            found = self.guided(x, times, condition, guided, guidance)  # type: ignore[arg-type]
             x = scheduler.step(found, t, x).prev_sample
         return self.decode(x) if decode else x
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the whole pipeline, as diffusers reads it."""
         self.pipeline.save_pretrained(directory, safe_serialization=True)
+        # transformers loads a component in the precision its configuration names, diffusers in
+        # the one it is asked for: without this a plain load would mix the two
+        for file in Path(directory).glob("*/config.json"):
+            config = json.loads(file.read_text())
+            if config.get("dtype"):
+                file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
         note: dict[str, int] = {}
         if self.steps:
             note["num_inference_steps"] = self.steps
@@ -313,6 +341,7 @@ def kind_of(directory: Path) -> str:
         raise BadInput(f"{directory / INDEX} is damaged: get it again") from error
     if not isinstance(name, str):
         raise BadInput(f"{directory} brings Python code of its own, which is never run")
+    parts.pop("safety_checker", None)  # of Stable Diffusion 1: left out
     if odd := [k for k, v in parts.items() if v[0] not in (None, "diffusers", "transformers")]:
         raise BadInput(f"the {odd[0]} of {directory} is code of its own, which is never run")
     if name not in KNOWN:

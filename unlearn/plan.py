@@ -61,12 +61,21 @@ def plan(config: RunConfig, checkpoint: Checkpoint | None = None) -> Plan:
             f"{checkpoint.source} draws in one step and is no denoiser any more, as every method "
             "needs it: go on from the checkpoint before"
         )
+    members = (name for name in checkpoint.stored.names if name.startswith("members.0."))
+    if config.method != "sisa" and any(members):
+        raise Unsupported(
+            f"{checkpoint.source} is an ensemble: only sisa forgets from it, by training again the "
+            "members that are hit"
+        )
     _check_needs(config, method, checkpoint)
     scope = getattr(method, "scope", "all")
     if scope not in WORDS:
         matching(scope, checkpoint.parameter_names())
-    if scope.startswith(SALIENCY) and method.needs.forget is Need.NO:
-        raise BadInput(f"{config.method} never reads the forget set, which saliency comes from")
+    needs = method.needs
+    if scope.startswith(SALIENCY) and Need.NO in (needs.forget, needs.labels):
+        raise BadInput(
+            f"{config.method} never reads the forget set and its labels, which saliency comes from"
+        )
     if config.audit == "none" and isinstance(checkpoint.task, Classification):
         checkpoint = replace(checkpoint, task=checkpoint.task.reading(method.needs.labels))
     case = cases.build(config, checkpoint)

@@ -192,7 +192,7 @@ def test_what_an_audit_of_pictures_leaves(of_the_swapped: Path) -> None:
 def test_attacks_take_part_by_standing_in_a_list(
     digits_pipeline: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One small audit with records, a judge trained on them, and a pipeline of one step."""
+    """One small audit with records, and a judge trained on them."""
 
     def old_row(
         model: Pipeline, condition: pictures.Condition, known: pictures.Known,
@@ -212,11 +212,7 @@ def test_attacks_take_part_by_standing_in_a_list(
     monkeypatch.setattr(pictures, "SEARCHES", (search,))
     monkeypatch.setattr(pictures, "SCORES", (score,))
 
-    def in_one_step(model: Pipeline) -> None:
-        swap(model)
-        model.steps = 1
-
-    after = edited(digits_pipeline, place / "one-step", in_one_step)
+    after = edited(digits_pipeline, place / "swapped-again", swap)
     x, y = digits.pictures()
     unseen = [{"image": x[i], "label": int(y[i])} for i in range(1437, 1557)]
     out = place / "attacked"
@@ -238,7 +234,6 @@ def test_attacks_take_part_by_standing_in_a_list(
     )
     assert finding(report, "judge_accuracy").verdict == "pass"
     assert "a small network trained for this audit" in report.request["judge"]
-    assert any("sampled in 1 step, and was" in note for note in report.notes)
     assert finding(report, "frechet_distance_from_real").original is not None
     assert {p.suffix for p in (out / "signals").iterdir()} == {".parquet", ".safetensors"}
 
@@ -434,3 +429,20 @@ def test_captions_become_classes_of_a_judge() -> None:
     assert judging.shown_by("a red disc", ["disc", "box", "tinca, tench"]) == {0}
     assert judging.shown_by("a tench", ["disc", "box", "tinca, tench"]) == {2}
     assert judging.shown_by("", names) == frozenset()
+
+
+def test_a_pipeline_of_one_step_is_not_asked_to_denoise(digits_pipeline: Path, place: Path) -> None:
+    def in_one_step(model: Pipeline) -> None:
+        swap(model)
+        model.steps = 1
+
+    after = edited(digits_pipeline, place / "one-step", in_one_step)
+    x, y = digits.pictures()
+    unseen = [{"image": x[i], "label": int(y[i])} for i in range(1437, 1500)]
+    report = examined(
+        digits_pipeline, after, None, data=digits.records(200), holdout=unseen, sampling=TINY,
+        out=place / "one-step-audit",
+    )  # fmt: skip
+    assert any("sampled in 1 step, and was" in note for note in report.notes)
+    assert any("is no denoiser" in limit for limit in report.limits)
+    assert not [f for f in report.findings if f.name.startswith("membership")]

@@ -401,7 +401,7 @@ def test_one_digit_is_gone_and_the_others_are_drawn_in_one_step(
 
 
 def test_a_one_step_pipeline_is_not_distilled_again(forgotten: Path) -> None:
-    with pytest.raises(Unsupported, match="made to draw in 1 step and is no score model"):
+    with pytest.raises(Unsupported, match="draws in one step and is no denoiser"):
         unlearn.forget(forgotten, method="sfd", forget_classes="4", audit="none")
 
 

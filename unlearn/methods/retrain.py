@@ -75,7 +75,7 @@ class Retrain(Training):
         subject.model.load_state_dict(start.state_dict())
         if self.gradient_restriction:
             term = self._restricted(request.retain_set(), run)
-            whole = replace(self, micro_batch_size=self.batch_size)
+            whole = replace(self, micro_batch_size=self.batch_size + 1)
             return descend(subject, [term], whole, run, dropout=True)
         term = Term("retain", request.retain_set(), likelihood, "unit")
         return descend(subject, [term], self, run, dropout=True)

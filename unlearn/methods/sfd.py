@@ -36,7 +36,7 @@ from functools import partial
 from typing import Annotated, ClassVar, Literal, NamedTuple, cast
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from unlearn.distillation import Distillation, Kept, Learner, Rows, one_step_scheduler
@@ -149,6 +149,8 @@ def rows(
 @dataclass(frozen=True, kw_only=True)
 class SFD:
     """Distil the model into a one-step generator that draws something else instead."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
 
     steps: Annotated[int, Field(ge=1, description="steps of each of the two networks")] = 200
     lr: Annotated[float, Field(gt=0, description="learning rate of the generator")] = 5e-4

@@ -110,7 +110,8 @@ class Classification(Task):
         if kind == "image":
             value = image_bytes(value)
         elif kind == "features":
-            value = np.asarray(value).tobytes()
+            vector = np.asarray(value, dtype=np.float64)  # the same numbers in any container
+            value = repr(vector.shape).encode() + vector.tobytes()
         else:
             value = str(value).encode()
         label = str(self.label_index(row["label"])).encode() if self._labelled(row) else b""

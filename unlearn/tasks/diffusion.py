@@ -13,10 +13,12 @@ Times are stratified and antithetic: with t also T - 1 - t.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +27,10 @@ from unlearn.errors import BadInput, Unsupported, did_you_mean
 from unlearn.noising import target
 from unlearn.pipeline import Pipeline
 from unlearn.tasks.base import Batch, Encoding, Predictions, Task
-from unlearn.tasks.pictures import image_bytes, image_fault, opened
+from unlearn.tasks.pictures import from_channels, image_bytes, image_fault, opened
 
 INSTEAD = {"instead_labels": "label", "instead_input_ids": "input_ids"}  # and what they stand for
+FILLING = {"a", "an", "the", "of", "and", "in", "on", "photo", "picture", "image"}
 DROPPED = 0.1  # share of the conditions left out in train mode (Ho & Salimans 2022)
 
 
@@ -87,6 +90,8 @@ class Diffusion(Task):
         self.names, self.draws = tuple(names), draws
         self.anchor: str | int | None = None
         self.one_step = False  # made to be drawn from in one step: no denoiser any more
+        self.null_class: int | None = None
+        self.times = 1000  # of the schedule
 
     def label_index(self, label: Any) -> int:
         """A label as a class index.
@@ -175,6 +180,10 @@ class Diffusion(Task):
         channels, height, width = self.shape
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape == self.shape:
             return value
+        if isinstance(value, Tensor | np.ndarray):
+            raw = torch.as_tensor(value)
+            whole = raw * 255 if raw.is_floating_point() else raw
+            value = from_channels(whole.round() if raw.is_floating_point() else whole)
         picture = opened(value).convert("L" if channels == 1 else "RGB").resize((width, height))
         raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         return raw.view(height, width, channels).permute(2, 0, 1).float() / 255
@@ -346,5 +355,15 @@ def task_of(model: Pipeline, names: Sequence[str] = ()) -> Diffusion:
     if model.denoiser_name == "unet" and model.null_class is not None:
         known -= 1
     task = Diffusion(model.picture_shape, known, model.tokenizer, names)
-    task.one_step = model.steps is not None
+    task.one_step, task.null_class = model.steps is not None, model.null_class
+    task.times = len(model.abars)
     return task
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a prompt or class name that say something.
+
+    >>> sorted(words("a photo of a Red_disc"))
+    ['disc', 'red']
+    """
+    return frozenset(re.findall(r"[^\W_]+", text.lower())) - FILLING
