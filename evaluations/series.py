@@ -267,11 +267,6 @@ def _watched(configs: Sequence[RunConfig]) -> tuple[Watch, str]:
         watch.targets.append(str(planned.target))
         parts.append(planned.identity())
         gone = data.record_hashes(forget.examples, forget.task.shown, key)
-        if planned.method.needs.state is not Need.NO and (again := set(gone) & found.forgotten):
-            raise BadInput(
-                f"request {number} names {len(again)} records that an earlier one forgets: "
-                f"{config.method} keeps count of what it knows, and cannot forget them twice"
-            )
         found = replace(found, forgotten=found.forgotten | frozenset(gone))
         if planned.method.needs.state is not Need.NO:  # the run before will have kept some
             found = replace(found, state={"expected": torch.empty(0)})

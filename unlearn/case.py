@@ -119,8 +119,14 @@ def options(config: CaseConfig) -> Options:
     )  # fmt: skip
 
 
-def build(config: CaseConfig, checkpoint: Checkpoint, **made: Any) -> Case:
+def build(config: CaseConfig, checkpoint: Checkpoint, *, once: bool = False, **made: Any) -> Case:
     """Read and check the data, and the other checkpoints against the first.
+
+    Args:
+        config: what is asked.
+        checkpoint: the first one.
+        once: what earlier requests forgot is not forgotten again, though it is named again.
+        **made: further fields of the case.
 
     Raises:
         BadInput: whatever is wrong with files or records, or checkpoints that do not belong
@@ -131,8 +137,8 @@ def build(config: CaseConfig, checkpoint: Checkpoint, **made: Any) -> Case:
         checkpoint.task.anchor = _anchor(config, checkpoint.task, target)
     before = getattr(config, "unlearned", None)
     known = checkpoints.inspect(before, options(config)) if before is not None else checkpoint
-    again = isinstance(target, Classes) and before is None
-    raw, notes = _without_forgotten(raw, known, ("retain", "forget") if again else ("retain",))
+    left_out = once or (isinstance(target, Classes) and before is None)
+    raw, notes = _without_forgotten(raw, known, ("retain", "forget") if left_out else ("retain",))
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *warnings, *notes))
     encoded = _encode(raw, checkpoint.task)
     hashes = {name: data.record_hashes(e, checkpoint.task.content) for name, e in raw.items()}
@@ -272,7 +278,7 @@ def _without_forgotten(
     """The sets without what earlier requests forgot, and what was left out.
 
     It is not retained again, and a class is forgotten without those of its records that are gone
-    already. Records that were named are taken at their word.
+    already. Records that were named are taken at their word, but by methods that keep count.
     """
     kept, notes, key = dict(raw), list[str](), checkpoint.record_key
     if not checkpoint.forgotten:

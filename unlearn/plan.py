@@ -78,7 +78,7 @@ def plan(config: RunConfig, checkpoint: Checkpoint | None = None) -> Plan:
         )
     if config.audit == "none" and isinstance(checkpoint.task, Classification):
         checkpoint = replace(checkpoint, task=checkpoint.task.reading(method.needs.labels))
-    case = cases.build(config, checkpoint)
+    case = cases.build(config, checkpoint, once=needs.state is not Need.NO)
     planned = Plan(
         **{f.name: getattr(case, f.name) for f in fields(Case)}
         | {
