@@ -68,17 +68,17 @@ def plan(config: RunConfig, checkpoint: Checkpoint | None = None) -> Plan:
             "members that are hit"
         )
     _check_needs(config, method, checkpoint)
+    needs = method.needs
+    if config.audit == "none" and isinstance(checkpoint.task, Classification):
+        checkpoint = replace(checkpoint, task=checkpoint.task.reading(method.needs.labels))
+    case = cases.build(config, checkpoint, once=needs.state is not Need.NO)
     scope = getattr(method, "scope", "all")
     if scope not in WORDS:
         matching(scope, checkpoint.parameter_names())
-    needs = method.needs
     if scope.startswith(SALIENCY) and Need.NO in (needs.forget, needs.labels):
         raise BadInput(
             f"{config.method} never reads the forget set and its labels, which saliency comes from"
         )
-    if config.audit == "none" and isinstance(checkpoint.task, Classification):
-        checkpoint = replace(checkpoint, task=checkpoint.task.reading(method.needs.labels))
-    case = cases.build(config, checkpoint, once=needs.state is not Need.NO)
     planned = Plan(
         **{f.name: getattr(case, f.name) for f in fields(Case)}
         | {

@@ -240,7 +240,7 @@ def _selected(scope: str, names: Iterable[str]) -> Iterator[tuple[str, int | Non
             raise BadInput(
                 f"scope {text!r} matches no parameter: use all, head, lora, saliency:SHARE, "
                 "experts or a pattern; "
-                f"{did_you_mean(text, names[:40])}"
+                f"{did_you_mean(text, names[:8])}"
             )
         yield from ((name, int(entry) if entry else None) for name in chosen)
 
