@@ -21,13 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from unlearn.errors import BadInput, Unsupported
-from unlearn.interface import Concepts, Request, Subject
+from unlearn.interface import Concepts, Need, Needs, Request, Subject
 from unlearn.pipeline import Pipeline
 from unlearn.run import Run
 from unlearn.scope import moving
@@ -158,3 +159,31 @@ def multiplied(subject: Subject, m: Tensor, run: Run) -> Subject:
             layer, _, part = name.removeprefix("base_model.model.").partition(".lora_")
             parameter.copy_(v if part.startswith("A") else bs[layer])
     return replace(subject, model=subject.model.eval())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedForm:
+    """What users of closed-form edits choose."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
+
+    lamb: Annotated[
+        float, Field(gt=0, description="weight of staying close to the old matrices")
+    ] = 0.5
+    erase_weight: Annotated[
+        float, Field(gt=0, description="weight of every state that is erased")
+    ] = 1.0
+    keep_weight: Annotated[float, Field(ge=0, description="weight of every state that is kept")] = (
+        1.0
+    )
+    templates: Annotated[
+        str,
+        Field(
+            description="prompts, between commas, in which the concept is edited; {} stands for it"
+        ),
+    ] = TEMPLATES
+
+    needs: ClassVar[Needs] = Needs(
+        forget=Need.NO, retain=Need.NO, tasks=("diffusion",), targets=("concepts",)
+    )
+    scope: ClassVar[str] = LAYERS

@@ -136,6 +136,15 @@ def renoised(
     return x_t.cpu(), t
 
 
+Moved = Annotated[
+    Literal["x", "x-strict", "u", "all"],
+    Field(
+        description="what moves with scope all: cross-attention (x), its keys and values "
+        "(x-strict), everything else (u), all; networks without cross-attention move as a whole"
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Renoised(Training):
     """Hyperparameters of methods that train on noised pictures of what a target names."""
@@ -155,13 +164,7 @@ class Renoised(Training):
             "a line: 'a photo of {}|{} on a table'; {}: prompts as they are"
         ),
     ] = "{}"
-    parameters: Annotated[
-        Literal["x", "x-strict", "u", "all"],
-        Field(
-            description="what moves with scope all: cross-attention (x), its keys and values "
-            "(x-strict), everything else (u), all; networks without cross-attention move as a whole"
-        ),
-    ] = "x"
+    parameters: Moved = "x"
     retain_weight: Annotated[
         float, Field(ge=0, description="weight of what the starting model said about what stays")
     ] = 1.0

@@ -17,12 +17,13 @@ pass such captions, or ``contexts``. Cost: per picture ``sampling_steps`` guided
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from unlearn.interface import Need, Needs, Request, Subject
 from unlearn.latents import (
+    Moved,
     Renoised,
     anchor_of,
     beneath,
@@ -40,13 +41,7 @@ from unlearn.training import Term
 class ConceptAblation(Renoised):
     """Make a model say about a concept what it says about its anchor."""
 
-    parameters: Annotated[
-        Literal["x", "x-strict", "u", "all"],
-        Field(
-            description="what moves with scope all: cross-attention (x), its keys and values "
-            "(x-strict), everything else (u), all; networks without cross-attention move as a whole"
-        ),
-    ] = "x-strict"
+    parameters: Moved = "x-strict"
     lr: Annotated[
         float, Field(gt=0, description="learning rate; the authors use 1.6e-5 at batch size 8")
     ] = 2e-3

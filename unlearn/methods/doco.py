@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from unlearn.errors import BadInput, Collapsed
 from unlearn.interface import Need, Needs, Request, Subject
 from unlearn.latents import (
     Bank,
+    Moved,
     Renoised,
     anchor_of,
     beneath,
@@ -94,13 +95,7 @@ def taken_for(logits: Tensor, label: float) -> Tensor:
 class DoCo(Renoised):
     """Make what a model says about a concept pass for what it says about its anchor."""
 
-    parameters: Annotated[
-        Literal["x", "x-strict", "u", "all"],
-        Field(
-            description="what moves with scope all: cross-attention (x), its keys and values "
-            "(x-strict), everything else (u), all; networks without cross-attention move as a whole"
-        ),
-    ] = "x-strict"
+    parameters: Moved = "x-strict"
     lr: Annotated[
         float, Field(gt=0, description="learning rate; the authors use 4.8e-5 at batch size 8")
     ] = 1e-3

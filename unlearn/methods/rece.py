@@ -22,22 +22,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, cast
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from unlearn.cross_attention import (
-    LAYERS,
-    TEMPLATES,
+    ClosedForm,
     Embeddings,
     embeddings,
     erasure,
     multiplied,
     projections,
 )
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.interface import Request, Subject
 from unlearn.pipeline import Pipeline
 from unlearn.run import Run
 
@@ -67,18 +66,13 @@ def revived(c: Tensor, m: Tensor, g: Tensor, lamb: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RECE:
+class RECE(ClosedForm):
     """Erase the concept, and again what would bring it back."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
 
     epochs: Annotated[
         int,
         Field(ge=1, description="how often reviving states are found and erased; 1 to 3 usually"),
     ] = 2
-    lamb: Annotated[
-        float, Field(gt=0, description="weight of staying close to the old matrices")
-    ] = 0.5
     revive_lamb: Annotated[
         float,
         Field(
@@ -86,23 +80,6 @@ class RECE:
             description="weight of short reviving states: 0.1 is gentle, 1e-3 reaches further",
         ),
     ] = 0.1
-    erase_weight: Annotated[
-        float, Field(gt=0, description="weight of every state that is erased")
-    ] = 1.0
-    keep_weight: Annotated[float, Field(ge=0, description="weight of every state that is kept")] = (
-        1.0
-    )
-    templates: Annotated[
-        str,
-        Field(
-            description="prompts, between commas, in which the concept is edited; {} stands for it"
-        ),
-    ] = TEMPLATES
-
-    needs: ClassVar[Needs] = Needs(
-        forget=Need.NO, retain=Need.NO, tasks=("diffusion",), targets=("concepts",)
-    )
-    scope: ClassVar[str] = LAYERS
 
     def unlearn(self, subject: Subject, request: Request, run: Run) -> Subject:
         """Alternate."""

@@ -22,42 +22,17 @@ and one matrix product per layer. No data, no training.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, cast
+from typing import cast
 
-from pydantic import ConfigDict, Field
-
-from unlearn.cross_attention import LAYERS, TEMPLATES, embeddings, erasure, multiplied
-from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.cross_attention import ClosedForm, embeddings, erasure, multiplied
+from unlearn.interface import Request, Subject
 from unlearn.pipeline import Pipeline
 from unlearn.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
-class UCE:
+class UCE(ClosedForm):
     """Make cross-attention read the concept as its anchor, in closed form."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
-
-    lamb: Annotated[
-        float, Field(gt=0, description="weight of staying close to the old matrices")
-    ] = 0.5
-    erase_weight: Annotated[
-        float, Field(gt=0, description="weight of every state that is erased")
-    ] = 1.0
-    keep_weight: Annotated[float, Field(ge=0, description="weight of every state that is kept")] = (
-        1.0
-    )
-    templates: Annotated[
-        str,
-        Field(
-            description="prompts, between commas, in which the concept is edited; {} stands for it"
-        ),
-    ] = TEMPLATES
-
-    needs: ClassVar[Needs] = Needs(
-        forget=Need.NO, retain=Need.NO, tasks=("diffusion",), targets=("concepts",)
-    )
-    scope: ClassVar[str] = LAYERS
 
     def unlearn(self, subject: Subject, request: Request, run: Run) -> Subject:
         """Solve, and multiply."""
