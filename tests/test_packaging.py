@@ -88,5 +88,5 @@ def test_every_recipe_builds_and_is_named_by_its_method(recipe: Path) -> None:
     from unlearn.config import read_yaml
 
     settings = read_yaml(recipe)
-    registry.build(settings["method"], settings["set"])
+    registry.build(settings["method"], settings.get("set", {}))
     assert recipe.name in {Path(r["path"]).name for r in recipes(settings["method"])}
