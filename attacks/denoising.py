@@ -44,7 +44,9 @@ SIGMA = 0.3  # where members and others differ most in networks that have memori
 WALK = 10  # steps of SecMI to that level
 
 
-def loss_scores(model: Pipeline, examples: Encoded, run: Run, size: int = 64) -> Array:
+def loss_scores(
+    model: Pipeline, examples: Encoded, run: Run, size: int = 64, phase: str = "denoising loss"
+) -> Array:
     """The negated denoising loss at the record's own draws of time and noise.
 
     Args:
@@ -52,6 +54,7 @@ def loss_scores(model: Pipeline, examples: Encoded, run: Run, size: int = 64) ->
         examples: encoded by the task of the pipeline.
         run: device and progress.
         size: records of one batch.
+        phase: what progress calls it.
 
     Returns:
         Shape (n,), at most 0; higher means more likely a member.
@@ -61,7 +64,7 @@ def loss_scores(model: Pipeline, examples: Encoded, run: Run, size: int = 64) ->
     """
     task, found = _task(examples), np.zeros(len(examples))
     with evaluating(model):
-        for indices in run.batches(examples, "denoising loss", size):
+        for indices in run.batches(examples, phase, size):
             found[indices] = -task.nll(model, examples.batch(indices, run.device)).double().cpu()
     return found
 

@@ -73,3 +73,29 @@ def publish(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
         "rows": [dict(row) for row in rows],
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def trials(file: Path) -> list[dict[str, Any]]:
+    """Every setting a search has measured so far, a line each."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def tried(
+    file: Path, trial: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The row of a setting, measured and added to the file unless it is there."""
+    for row in trials(file):
+        if row["trial"] == trial:
+            return row
+    row = {**measure(), "trial": trial}
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+    return row
+
+
+def setting_of(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(method, hyperparameters) from ``METHOD key=value ...``."""
+    import yaml
+
+    method, *pairs = words
+    return method, {k: yaml.safe_load(v) for k, v in (pair.split("=", 1) for pair in pairs)}

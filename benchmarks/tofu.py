@@ -30,7 +30,7 @@ from time import perf_counter
 from typing import Any
 
 import yaml
-from common import RESULTS, bench_data, publish
+from common import RESULTS, bench_data, publish, setting_of, trials, tried
 from tofu_audit import against_retrained, extraction, measured, sets_of, utility
 
 from unlearn.attacks.quantization import quantize
@@ -108,29 +108,20 @@ def after_rounding(source: Path, part: Encoded, name: str) -> float:
     return extraction(Measured({name: collect(model, part, Run(part.task), b"", name)}), name).value
 
 
-def known() -> list[dict[str, Any]]:
-    """Every setting measured so far."""
-    return [json.loads(line) for line in TRIALS.read_text().splitlines()] if TRIALS.exists() else []
-
-
 def outcome(trial: dict[str, Any], exact: Any) -> dict[str, Any]:
     """The row of a setting, measured unless it is known."""
-    for row in known():
-        if row["trial"] == trial:
-            return row
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        command = [sys.executable, __file__, "--train", json.dumps(trial), "--out", str(out)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            row: dict[str, Any] = {"method": trial["method"], "failed": done.returncode}
-        else:
+
+    def measure() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            command = [sys.executable, __file__, "--train", json.dumps(trial), "--out", str(out)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                return {"method": trial["method"], "failed": done.returncode}
             row, _ = score(trial["method"], out, trial["split"], exact)
-            row |= json.loads(done.stdout.splitlines()[-1])
-    row["trial"] = trial
-    with TRIALS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
+            return row | json.loads(done.stdout.splitlines()[-1])
+
+    return tried(TRIALS, trial, measure)
 
 
 def plot(rows: list[dict[str, Any]], marked: list[dict[str, Any]], whole: dict[str, Any]) -> None:
@@ -174,8 +165,7 @@ def main() -> None:
     models = bench_data() / "models/tofu-llama-9m"
     retrained, exact = score("retrained", models / "retain90", given.split, None)
     if given.tried:
-        method, *pairs = given.methods
-        values = {key: yaml.safe_load(value) for key, value in (p.split("=", 1) for p in pairs)}
+        method, values = setting_of(given.methods)
         row = outcome({"method": method, "set": values, "split": given.split}, exact)
         print(json.dumps({k: v for k, v in row.items() if k != "nine"}))
         return
@@ -191,7 +181,7 @@ def main() -> None:
         row["of original"] = row["utility"] / original["utility"] if "utility" in row else None
     publish(f"tofu_{given.split}", COLUMNS, rows)
     if given.split == "forget10":
-        every = [r for r in known() if r["trial"]["split"] == "forget10" and "utility" in r]
+        every = [r for r in trials(TRIALS) if r["trial"]["split"] == "forget10" and "utility" in r]
         plot(every, rows, original)
 
 

@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from common import RESULTS, bench_data, publish
+from common import RESULTS, bench_data, publish, setting_of, tried
 
 from unlearn.checkpoint import inspect
 from unlearn.evaluations.statistics import auc
@@ -141,30 +141,20 @@ def score(name: str, source: Path, setting: str, exact: dict[str, Any] | None) -
     return row
 
 
-def known() -> list[dict[str, Any]]:
-    """Every setting measured so far."""
-    return [json.loads(line) for line in TRIALS.read_text().splitlines()] if TRIALS.exists() else []
-
-
 def outcome(trial: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
     """The row of a setting, measured unless it is known."""
-    for row in known():
-        if row["trial"] == trial:
-            return row
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        command = [sys.executable, __file__, "--train", json.dumps(trial), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        row: dict[str, Any] = {"method": trial["method"]}
-        if done.returncode:
-            row["why"] = done.stderr.strip().splitlines()[-1]
-        else:
-            row |= score(trial["method"], out, trial["setting"], exact)
-            row |= json.loads(done.stdout.splitlines()[-1])
-    row["trial"] = trial
-    with TRIALS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
+
+    def measure() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            command = [sys.executable, __file__, "--train", json.dumps(trial), "--out", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                return {"method": trial["method"], "why": done.stderr.strip().splitlines()[-1]}
+            found = score(trial["method"], out, trial["setting"], exact)
+            return found | json.loads(done.stdout.splitlines()[-1])
+
+    return tried(TRIALS, trial, measure)
 
 
 def main() -> None:
@@ -182,8 +172,7 @@ def main() -> None:
     models, setting = bench_data() / "models/cifar10-resnet", given.setting
     exact = score("retrained", models / RETRAINED[setting], setting, None)
     if given.tried:
-        method, *pairs = given.methods
-        values = {key: yaml.safe_load(value) for key, value in (p.split("=", 1) for p in pairs)}
+        method, values = setting_of(given.methods)
         print(json.dumps(outcome({"method": method, "set": values, "setting": setting}, exact)))
         return
     rows = [score("original", models / "full", setting, exact), exact]

@@ -85,7 +85,7 @@ def judge(case: Case) -> tuple[Judge | None, str]:
 
 
 def _given(case: Case) -> Judge:
-    found = case.classifier()
+    found = case.classifier
     if not isinstance(found.task, Classification):
         raise BadInput(f"the classifier {found.source} is no classifier: pass one of images")
     made = Judge(

@@ -450,16 +450,13 @@ def losses(
     path = directory / "signals" / f"{role}-{name}.parquet"
     if not distributed.on_main(path.exists):
         key = bytes.fromhex(distributed.on_main((directory / "record.key").read_text))
-        n = len(part)
-        loss, none = np.zeros(n), np.zeros(n)
-        with evaluating(model):
-            for rows in run.batches(part, f"denoise the {name} set with {role}"):
-                batch = part.batch(rows, run.device)
-                loss[rows] = part.task.predictions(model, batch).nll().double().cpu().numpy()
+        n, none = len(part), np.zeros(len(part))
+        phase = f"denoise the {name} set with {role}"
+        score = denoising.loss_scores(model, part, run, phase=phase)
         whole = np.zeros(n, np.int64)
         record = [h.hex() for h in record_hashes(part.examples, part.task.content, key)]
         no = np.zeros(n, np.bool_)
-        table = Signals(record, whole + 1, -loss, none, none, no, no, whole, whole - 1)
+        table = Signals(record, whole + 1, score, none, none, no, no, whole, whole - 1)
         if distributed.is_main():
             table.write(path)
     return distributed.on_main(lambda: Signals.read(path))

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -82,13 +83,14 @@ class Case:
             json.dumps(settings, sort_keys=True, default=str),
             json.dumps([self.method_name, self.hyperparameters], sort_keys=True, default=str),
             *(checkpoint.fingerprint if checkpoint else "" for checkpoint in found),
-            *([self.classifier().fingerprint] if self.config.classifier is not None else []),
+            *([self.classifier.fingerprint] if self.config.classifier is not None else []),
             self.device.type,
             # in their order: batches and what is kept of them go by position
             *(f"{name}:{b''.join(hashes).hex()}" for name, hashes in self.hashes.items()),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    @cached_property
     def classifier(self) -> Checkpoint:
         """What judges generated pictures, where a classifier was given."""
         trusted = Options(trust_remote_code=self.config.trust_remote_code)
@@ -138,9 +140,11 @@ def build(config: CaseConfig, checkpoint: Checkpoint, *, once: bool = False, **m
     before = getattr(config, "unlearned", None)
     known = checkpoints.inspect(before, options(config)) if before is not None else checkpoint
     left_out = once or (isinstance(target, Classes) and before is None)
-    raw, notes = _without_forgotten(raw, known, ("retain", "forget") if left_out else ("retain",))
+    encoded = _encode(raw, checkpoint.task)  # every content can be read
+    names = ("retain", "forget") if left_out else ("retain",)
+    encoded, notes = _without_forgotten(encoded, known, names)
+    raw = {name: part.examples for name, part in encoded.items()}
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *warnings, *notes))
-    encoded = _encode(raw, checkpoint.task)
     hashes = {name: data.record_hashes(e, checkpoint.task.content) for name, e in raw.items()}
     _check_overlap(raw, hashes)
     others: dict[str, Checkpoint | None] = {"unlearned": None, "retrained": None}
@@ -273,14 +277,14 @@ def _raw_sets(config: CaseConfig, task: Task) -> tuple[dict[str, data.Examples],
 
 
 def _without_forgotten(
-    raw: dict[str, data.Examples], checkpoint: Checkpoint, names: Sequence[str]
-) -> tuple[dict[str, data.Examples], list[str]]:
+    sets: dict[str, Encoded], checkpoint: Checkpoint, names: Sequence[str]
+) -> tuple[dict[str, Encoded], list[str]]:
     """The sets without what earlier requests forgot, and what was left out.
 
     It is not retained again, and a class is forgotten without those of its records that are gone
     already. Records that were named are taken at their word, but by methods that keep count.
     """
-    kept, notes, key = dict(raw), list[str](), checkpoint.record_key
+    kept, notes, key = dict(sets), list[str](), checkpoint.record_key
     if not checkpoint.forgotten:
         return kept, notes
     if key is None:
@@ -289,16 +293,15 @@ def _without_forgotten(
             "beside run.json, so that it is not retained again"
         )
     shown = checkpoint.task.shown
-    _encode(raw, checkpoint.task)  # every content can be read
-    named = set(data.record_hashes(raw["forget"], shown, key))  # audited: this run forgot them
-    for name in set(names) & raw.keys():
-        hashes = data.record_hashes(raw[name], shown, key)
+    named = set(data.record_hashes(sets["forget"].examples, shown, key))  # audited: this run's own
+    for name in [name for name in names if name in sets]:
+        hashes = data.record_hashes(sets[name].examples, shown, key)
         gone = checkpoint.forgotten - (named if name == "retain" else set())
         left = [i for i, h in enumerate(hashes) if h not in gone]
         if not left:
             raise BadInput(f"earlier requests forgot every record of the {name} set already")
         if out := len(hashes) - len(left):
-            kept[name] = raw[name].select(left)
+            kept[name] = sets[name].select(left)
             notes.append(
                 f"{out:,} records that earlier requests forgot were left out of the {name} set."
             )
@@ -327,8 +330,10 @@ def _anchor(config: CaseConfig, task: Diffusion, target: Target) -> str | int | 
     """
     if isinstance(target, Classes):
         return target.anchor
-    if config.anchor is None or task.tokenizer is None:
-        return None if config.anchor is None else task.label_index(config.anchor)
+    if config.anchor is None:
+        return None
+    if task.tokenizer is None:
+        return task.label_index(config.anchor)
     if fault := task.expressible(config.anchor):
         raise BadInput(fault)
     return config.anchor

@@ -605,10 +605,10 @@ def _from_memory(subject: Subject, options: Options) -> Checkpoint:
 
 
 def _null_class(options: Options) -> int | None:
-    text = str(options.null_class)
-    if options.null_class is None or text.isdecimal():
-        return None if options.null_class is None else int(text)
-    raise BadInput(f"--sampling null_class={text}: it must be the index of a class")
+    given = options.null_class
+    if given is not None and not str(given).isdecimal():
+        raise BadInput(f"--sampling null_class={given}: it must be the index of a class")
+    return None if given is None else int(given)
 
 
 def _pipeline_in_memory(subject: Subject, null_class: int | None) -> Checkpoint:

@@ -5,7 +5,7 @@ Everything here is in eval mode, over the parameters given, and leaves the model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unlearn import distributed
-from unlearn.errors import Unsupported
 from unlearn.run import Run
-from unlearn.scope import ENTRY, SALIENCY, is_lora, matching
 from unlearn.tasks.base import IGNORED, Batch, Encoded, Task
 
 
@@ -39,32 +37,14 @@ def mean_gradient(
     Returns:
         By name, in the parameter's shape and precision.
     """
-    modes = {module: module.training for module in model.modules()}
-    flags = {p: p.requires_grad for p in model.parameters()}
-    totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    wanted = {id(p) for p in parameters.values()}
-    try:
-        model.eval()
-        for p in flags:
-            p.requires_grad_(id(p) in wanted)
 
+    def of_batch(batch: Batch) -> list[Tensor | None]:
+        loss = run.task.nll(model, batch).sum() / len(examples)
+        return list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
+
+    with _only(model, parameters):
         phase = f"gradient of {examples.name}"
-        for number, indices in enumerate(run.batches(examples, phase, batch_size)):
-            if number % distributed.world() != distributed.rank():
-                continue
-            batch = examples.batch(indices, run.device)
-            loss = run.task.nll(model, batch).sum() / len(examples)
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for total, gradient in zip(totals.values(), found, strict=True):
-                if gradient is not None:
-                    total += gradient
-        distributed.added(totals.values())
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
-    return totals
+        return _added(examples, parameters, run, phase, batch_size, of_batch)
 
 
 def salient(gradient: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -86,29 +66,6 @@ def salient(gradient: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     chosen[ties[: count - int(chosen.sum())]] = True
     parts = torch.split(chosen, [g.numel() for g in gradient.values()])
     return {n: part.view(g.shape) for (n, g), part in zip(gradient.items(), parts, strict=True)}
-
-
-def in_scope(model: nn.Module, task: Task, scope: str) -> dict[str, nn.Parameter]:
-    """The parameters a scope names, by name, each as a whole.
-
-    Args:
-        model: the network.
-        task: knows the output layer.
-        scope: all, head, experts or patterns.
-
-    Raises:
-        BadInput: no parameter matches.
-        Unsupported: lora, saliency, or entries of tensors.
-    """
-    if is_lora(scope) or scope.startswith(SALIENCY) or any(map(ENTRY.search, scope.split())):
-        raise Unsupported(
-            f"scope {scope}: this method moves whole weights; use all, head, patterns"
-        )
-    named = dict(model.named_parameters())
-    if scope == "head":
-        head = {id(p) for p in task.output_layer(model).parameters()}
-        return {name: p for name, p in named.items() if id(p) in head}
-    return {name: named[name] for name in matching(scope, named)}
 
 
 Curvature = Literal["gauss_newton", "hessian"]
@@ -144,18 +101,34 @@ def curvature_product(
         By name, in the parameter's shape and precision.
     """
     times = _gauss_newton_times if kind == "gauss_newton" else _hessian_times
-    totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
     directions = [vector[name] for name in parameters]
+
+    def of_batch(batch: Batch) -> list[Tensor | None]:
+        found = times(model, batch, list(parameters.values()), directions, run.task)
+        return [None if part is None else part / len(examples) for part in found]
+
     # fused attention kernels cannot be differentiated twice
     with _only(model, parameters), sdpa_kernel(SDPBackend.MATH):
-        for number, indices in enumerate(run.batches(examples, "curvature", batch_size)):
-            if number % distributed.world() != distributed.rank():
-                continue
-            batch = examples.batch(indices, run.device)
-            found = times(model, batch, list(parameters.values()), directions, run.task)
-            for total, part in zip(totals.values(), found, strict=True):
-                if part is not None:
-                    total += part / len(examples)
+        return _added(examples, parameters, run, "curvature", batch_size, of_batch)
+
+
+def _added(
+    examples: Encoded,
+    parameters: Mapping[str, nn.Parameter],
+    run: Run,
+    phase: str,
+    batch_size: int,
+    of_batch: Callable[[Batch], list[Tensor | None]],
+) -> dict[str, Tensor]:
+    """The sum of what every batch contributes to every parameter, over all processes."""
+    totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for number, indices in enumerate(run.batches(examples, phase, batch_size)):
+        if number % distributed.world() != distributed.rank():
+            continue
+        found = of_batch(examples.batch(indices, run.device))
+        for total, part in zip(totals.values(), found, strict=True):
+            if part is not None:
+                total += part
     distributed.added(totals.values())
     return totals
 

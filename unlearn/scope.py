@@ -206,6 +206,26 @@ def _chosen(model: nn.Module, task: Task, scope: str) -> tuple[dict[str, nn.Para
     return whole, entries
 
 
+def in_scope(model: nn.Module, task: Task, scope: str) -> dict[str, nn.Parameter]:
+    """The parameters a scope names, by name, each as a whole.
+
+    Args:
+        model: the network.
+        task: knows the output layer.
+        scope: all, head, experts or patterns.
+
+    Raises:
+        BadInput: no parameter matches.
+        Unsupported: lora, saliency, or entries of tensors.
+    """
+    if is_lora(scope) or scope.startswith(SALIENCY) or any(map(ENTRY.search, scope.split())):
+        raise Unsupported(
+            f"scope {scope}: this method moves whole weights; use all, head, patterns"
+        )
+    whole, _ = _chosen(model, task, scope)
+    return {name: p for name, p in model.named_parameters() if name in whole}
+
+
 def matching(scope: str, names: Iterable[str]) -> list[str]:
     """The names a scope selects; every name for words that need the weights to tell.
 

@@ -23,7 +23,6 @@ from unlearn.errors import BadInput, Collapsed, Unsupported
 from unlearn.interface import Subject
 from unlearn.pipeline import INDEX
 
-SAFE = ".safetensors"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, STATE = "model.safetensors", "state.safetensors"
@@ -75,11 +74,11 @@ def weight_files(directory: Path) -> list[Path]:
         BadInput: none there, only pickles, or a shard missing.
     """
     if (directory / INDEX).exists():  # of a diffusers pipeline, a folder per component
-        parts = sorted(p for p in directory.iterdir() if p.is_dir() and list(p.glob("*.json")))
-        weighty = [
-            p for p in parts if any(f.suffix in {*PICKLES, ".safetensors"} for f in p.iterdir())
-        ]
-        return [file for part in weighty for file in weight_files(part)]
+        configured = {file.parent for file in directory.glob("*/*.json")}
+        weighty = {
+            f.parent for f in directory.glob("*/*") if f.suffix in {*PICKLES, ".safetensors"}
+        }
+        return [file for part in sorted(configured & weighty) for file in weight_files(part)]
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:

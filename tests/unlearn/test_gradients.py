@@ -12,8 +12,9 @@ from torch.func import functional_call
 from unlearn import demo
 from unlearn.data import load
 from unlearn.errors import BadInput, Unsupported
-from unlearn.gradients import curvature_product, in_scope, mean_gradient, salient
+from unlearn.gradients import curvature_product, mean_gradient, salient
 from unlearn.run import Run
+from unlearn.scope import in_scope
 from unlearn.tasks.base import Encoded
 from unlearn.tasks.causal_lm import CausalLM
 from unlearn.tasks.classification import Classification

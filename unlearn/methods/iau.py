@@ -33,9 +33,10 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from unlearn.errors import Collapsed
-from unlearn.gradients import in_scope, mean_gradient
+from unlearn.gradients import mean_gradient
 from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
 from unlearn.run import Run
+from unlearn.scope import in_scope
 
 
 def corrected_gradient(

@@ -30,9 +30,10 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from unlearn.errors import BadInput, Collapsed
-from unlearn.gradients import Curvature, curvature_product, in_scope, mean_gradient
+from unlearn.gradients import Curvature, curvature_product, mean_gradient
 from unlearn.interface import Need, Needs, Request, Subject
 from unlearn.run import Run
+from unlearn.scope import in_scope
 from unlearn.tasks.base import Encoded
 
 Product = Callable[[Tensor], Tensor]
