@@ -1,23 +1,29 @@
-"""What an attacker holds, and what a membership attack is.
+"""What an attacker holds, and what an attack is.
 
 A membership attack gives every record of a set a score, higher for records it takes for members
 of the training data. It reads :class:`Evidence` about one model: tables of signals, never the
 model itself. Who is right is decided elsewhere, from the scores of records that were members and
 of records that were not.
+
+A search looks for what is left in a model itself: it rounds or trains its weights, or talks to it.
+What it finds means something only beside the same search on a model that never saw the records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from unlearn.attacks.signals import Signals
 from unlearn.errors import BadInput
 from unlearn.interface import WITH_LOGITS
+from unlearn.run import Run
+from unlearn.tasks.base import Encoded
 
 Array = npt.NDArray[np.float64]
 Depth = Literal["quick", "standard", "deep"]
@@ -94,3 +100,77 @@ class Attack:
     needs: tuple[str, ...] = ()
     tasks: tuple[str, ...] = WITH_LOGITS
     depth: Depth = "quick"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a search may use besides the model.
+
+    Attributes:
+        forget: the records under search.
+        retain: records that were to stay; None where there are none.
+        translations: by language, records of ``forget`` in other words and languages.
+        rows: by language, which record of ``forget`` each translation is of.
+        templates: jailbreak prompts, each with ``{question}`` in it.
+    """
+
+    forget: Encoded
+    retain: Encoded | None = None
+    translations: Mapping[str, Encoded] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    templates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """One way of looking for what is left of the forget set in a model.
+
+    Attributes:
+        name: stable key in snake_case.
+        title: for people.
+        unit: of the scores.
+        source: where it was published.
+        score: (model, ground, run) -> one number in [0, 1] per record looked for, shape (n,);
+            higher: more is left. The same records for every model; the model is left as it was.
+            Raises BadInput where something is missing.
+        tasks: model families it works on.
+        depth: the lightest audit that runs it.
+    """
+
+    name: str
+    title: str
+    unit: str
+    source: str
+    score: Callable[[nn.Module, Ground, Run], Array]
+    tasks: tuple[str, ...] = ("causal_lm",)
+    depth: Depth = "deep"
+
+
+@dataclass(frozen=True)
+class Elicited:
+    """What an attacker got a language model to say about n records.
+
+    Attributes:
+        truth: what it should not say, a text per record.
+        said: every try, texts per record.
+    """
+
+    truth: list[str]
+    said: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """One way of talking a language model into saying what it forgot.
+
+    Attributes:
+        name: stable key in snake_case.
+        title: for people.
+        source: where it was published.
+        elicit: (model, ground, run) -> what it said; raises BadInput where something is missing.
+    """
+
+    name: str
+    title: str
+    source: str
+    elicit: Callable[[nn.Module, Ground, Run], Elicited]

@@ -81,11 +81,11 @@ def trials(file: Path) -> list[dict[str, Any]]:
 
 
 def tried(
-    file: Path, trial: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+    file: Path, trial: Mapping[str, Any], measure: Callable[[], dict[str, Any]], column: str = ""
 ) -> dict[str, Any]:
-    """The row of a setting, measured and added to the file unless it is there."""
-    for row in trials(file):
-        if row["trial"] == trial:
+    """The row of a setting, measured and added to the file unless it is there with ``column``."""
+    for row in reversed(trials(file)):
+        if row["trial"] == trial and (column in row or not column or "failed" in row):
             return row
     row = {**measure(), "trial": trial}
     with file.open("a") as out:

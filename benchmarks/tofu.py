@@ -8,8 +8,9 @@ also lacks the rest of forget10, which no set measured here contains.
 Forget quality: p of the exact KS test on truth ratios. Utility: harmonic mean of nine numbers.
 Privacy: AUC of the forget answers' Min-20% scores over the retrained model's; one half is the value
 to reach. Extraction strength on the forget set and on retain records, and once more after the
-weights went through 4 bits. Time and peak memory are those of the training alone, in a process of
-its own. Retain numbers are from 100 records, ROUGE from 40 answers a set.
+weights went through 8 and 4 bits. Relearning: mean area under the curve of argmax hits on 64 forget
+records while 64 others are trained on for 16 steps, the better of two learning rates. Time and
+peak memory are those of the training alone, in a process of its own. Retain numbers are from 100 records, ROUGE from 40 answers a set.
 
     python benchmarks/tofu.py --try METHOD key=value ...
 
@@ -33,6 +34,7 @@ import yaml
 from common import RESULTS, bench_data, publish, setting_of, trials, tried
 from tofu_audit import against_retrained, extraction, measured, sets_of, utility
 
+from unlearn.attacks import relearning
 from unlearn.attacks.quantization import quantize
 from unlearn.attacks.signals import collect
 from unlearn.checkpoint import inspect
@@ -46,10 +48,11 @@ RECIPES = Path(__file__).parents[1] / "unlearn/recipes"
 TRIALS = RESULTS / "tofu_trials.jsonl"
 PLOT = Path(__file__).parents[1] / "docs/tofu-pareto.svg"
 RETAINED = 100  # of the 400 retain records TOFU measures by
+HELD, STEPS = 64, (0, 1, 2, 4, 8, 16)  # of relearning: records, and when they are measured
 ASKED = 40  # prompts per set whose answers are generated, for ROUGE
 COLUMNS = [
-    "method", "forget quality", "utility", "of original", "extraction", "4 bit",
-    "retain extraction", "retain, 4 bit", "privacy", "seconds", "GiB",
+    "method", "forget quality", "utility", "of original", "extraction", "8 bit", "4 bit",
+    "relearning", "retain extraction", "retain, 4 bit", "privacy", "seconds", "GiB",
 ]  # fmt: skip
 
 
@@ -86,7 +89,7 @@ def score(name: str, source: Path, split: str, exact: Any) -> tuple[dict[str, An
     shown = measured(source, sets, Run(task), ASKED)
     exact = exact or shown
     quality = forget_quality(truth_ratios(shown, "forget"), truth_ratios(exact, "forget"))
-    rounded = {name: after_rounding(source, sets[name], name) for name in ("forget", "retain")}
+    forget, retain = sets["forget"], sets["retain"]
     return {
         "method": name,
         "forget quality": quality,
@@ -94,18 +97,30 @@ def score(name: str, source: Path, split: str, exact: Any) -> tuple[dict[str, An
         "extraction": extraction(shown).value,
         "retain extraction": extraction(shown, "retain").value,
         "privacy": against_retrained(shown, exact, 0.2).value,
-        "4 bit": rounded["forget"],
-        "retain, 4 bit": rounded["retain"],
+        "8 bit": after_rounding(source, forget, 8),
+        "4 bit": after_rounding(source, forget, 4),
+        "retain, 4 bit": after_rounding(source, retain, 4),
+        "relearning": after_relearning(source, forget, retain),
         "forget loss": float(shown.signals["forget"].loss().mean()),
         "nine": utility(shown),
     }, shown
 
 
-def after_rounding(source: Path, part: Encoded, name: str) -> float:
-    """Extraction strength once the weights have been through 4 bits: what comes back."""
+def after_rounding(source: Path, part: Encoded, bits: int) -> float:
+    """Extraction strength once the weights have been through few bits: what comes back."""
     model = inspect(str(source)).load().model
-    quantize(model, part.task)
-    return extraction(Measured({name: collect(model, part, Run(part.task), b"", name)}), name).value
+    quantize(model, part.task, bits)
+    seen = {"forget": collect(model, part, Run(part.task), b"", "rounded")}
+    return extraction(Measured(seen)).value
+
+
+def after_relearning(source: Path, forget: Encoded, retain: Encoded) -> float:
+    """How much of the other forget records comes back when some are trained on."""
+    shown, held = relearning.split(len(forget), seed=0)
+    parts = forget.select(shown), forget.select(held[:HELD])
+    model = inspect(str(source)).load().model
+    curve = relearning.relearn(model, *parts, retain, Run(forget.task), steps=STEPS)
+    return float(relearning.recovered(curve.hits, curve.steps).mean())
 
 
 def outcome(trial: dict[str, Any], exact: Any) -> dict[str, Any]:
@@ -121,7 +136,7 @@ def outcome(trial: dict[str, Any], exact: Any) -> dict[str, Any]:
             row, _ = score(trial["method"], out, trial["split"], exact)
             return row | json.loads(done.stdout.splitlines()[-1])
 
-    return tried(TRIALS, trial, measure)
+    return tried(TRIALS, trial, measure, "relearning")
 
 
 def plot(rows: list[dict[str, Any]], marked: list[dict[str, Any]], whole: dict[str, Any]) -> None:
