@@ -333,8 +333,7 @@ def _from_pipeline(source: str, path: Path, options: Options) -> Checkpoint:
     if options.task not in (None, "diffusion"):
         raise BadInput(f"{source} is a diffusion pipeline: leave --task {options.task} out")
     null = _null_class(options)
-    # the architecture decides how records are read; its configuration alone is not enough
-    held = pipelines.read(path, found.dtype, null)
+    held = pipelines.outline(path, null)
     task, found = pipelines_task(held), found._replace(names=tuple(dict(held.named_parameters())))
 
     def build() -> nn.Module:

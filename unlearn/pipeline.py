@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from unlearn.errors import BadInput, Unsupported
@@ -380,15 +382,59 @@ def read(directory: Path, dtype: torch.dtype, null_class: int | None = None) -> 
     """
     name = kind_of(directory)
     diffusers = library()
+    extra = {"safety_checker": None} if name == "StableDiffusionPipeline" else {}
+    with _loading(directory):
+        pipeline = getattr(diffusers, name).from_pretrained(
+            directory, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **extra
+        )
+    return _sampled_as_stated(directory, pipeline, null_class)
+
+
+def outline(directory: Path, null_class: int | None = None) -> Pipeline:
+    """The pipeline without weights, its networks on the meta device; arguments as :func:`read`.
+
+    Raises:
+        BadInput: a configuration that cannot be read.
+        Unsupported: of another kind.
+    """
+    name = kind_of(directory)
+    diffusers = library()
+    index = json.loads((directory / INDEX).read_text())
+    parts: dict[str, Any] = {}
+    with _loading(directory):
+        for part, named in index.items():
+            if not isinstance(named, list):
+                continue
+            module, kind = named
+            if module is None or part == "safety_checker":
+                parts[part] = None
+                continue
+            found = getattr(diffusers if module == "diffusers" else transformers, kind)
+            place = directory / part
+            if not issubclass(found, nn.Module):
+                parts[part] = found.from_pretrained(place, local_files_only=True)
+            elif module == "diffusers":
+                with torch.device("meta"):
+                    parts[part] = found.from_config(found.load_config(place))
+            else:
+                with torch.device("meta"):
+                    parts[part] = found(found.config_class.from_pretrained(place))
+        pipeline = getattr(diffusers, name)(**parts)
+    return _sampled_as_stated(directory, pipeline, null_class)
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    """What the libraries raise on damaged files becomes one sentence."""
     try:
-        extra = {"safety_checker": None} if name == "StableDiffusionPipeline" else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of names that will be dropped
-            pipeline = getattr(diffusers, name).from_pretrained(
-                directory, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **extra
-            )
+            yield
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise BadInput(f"{directory} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _sampled_as_stated(directory: Path, pipeline: Any, null_class: int | None) -> Pipeline:
     note = directory / SAMPLING
     stated = json.loads(note.read_text()) if note.exists() else {}
     if null_class is None:

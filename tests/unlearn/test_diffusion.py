@@ -24,7 +24,7 @@ from unlearn.cli.main import cli
 from unlearn.data import load
 from unlearn.errors import BadInput, Unsupported
 from unlearn.noising import Kind, from_eps
-from unlearn.pipeline import Pipeline, read
+from unlearn.pipeline import Pipeline, outline, read
 from unlearn.tasks.base import Encoded
 from unlearn.tasks.diffusion import Denoised, Diffusion, task_of
 
@@ -202,6 +202,18 @@ pipe = diffusers.DDPMPipeline.from_pretrained(sys.argv[1], use_safetensors=True)
 said = pipe.unet(torch.zeros(1, 1, 8, 8), torch.tensor([5]), class_labels=torch.tensor([2])).sample
 print(float(said.double().abs().sum()))
 """
+
+
+@pytest.mark.parametrize("made", ["digits", "shapes"])
+def test_an_outline_says_what_the_weights_say(made: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue("digits_pipeline") if made == "digits" else shapes.HOME
+    whole, bare = read(path, torch.float32), outline(path)
+    assert {p.device.type for p in bare.parameters()} == {"meta"}
+    assert {n: p.shape for n, p in bare.named_parameters()} == {
+        n: p.shape for n, p in whole.named_parameters()
+    }
+    ours, theirs = (vars(task_of(m)) | {"tokenizer": None} for m in (bare, whole))
+    assert ours == theirs
 
 
 def test_diffusers_alone_reads_what_a_run_wrote(tmp_path: Path, digits_pipeline: Path) -> None:
