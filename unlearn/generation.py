@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +37,9 @@ def greedy_answers(
 
     At most twice as many tokens as the longest true answer of the batch, and at most 200.
     """
-    task = _speaking(examples)
+    task = language_model(examples)
     answers = [""] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["prompt"]))
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    batches = list(_with_room(examples, task.max_length, size))
 
     def ask(indices: list[int]) -> list[list[int]]:
         prompts = [examples[i]["prompt"] for i in indices]
@@ -53,7 +52,7 @@ def greedy_answers(
             for index, tokens in zip(indices, new, strict=True):
                 answers[index] = _decoded(task, tokens)
             done += len(indices)
-            run.progress.advance(phase, done, len(order), {})
+            run.progress.advance(phase, done, len(examples), {})
     return answers
 
 
@@ -83,7 +82,7 @@ def sampled_answers(
     Returns:
         Texts in the order of ``openings``, told tokens included, special tokens removed.
     """
-    task = _speaking(examples)
+    task = language_model(examples)
     starts = [
         torch.cat((examples[opening.example]["prompt"], _told(examples, opening)))
         for opening in openings
@@ -109,14 +108,32 @@ def sampled_answers(
 
 def true_answers(examples: Encoded) -> list[str]:
     """The answers of the records, as the tokenizer gives them back."""
-    task = _speaking(examples)
+    task = language_model(examples)
     return [_decoded(task, examples[i]["answer"].tolist()) for i in range(len(examples))]
 
 
-def _speaking(examples: Encoded) -> CausalLM:
+def language_model(examples: Encoded) -> CausalLM:
+    """The task of examples that can be answered in words.
+
+    Raises:
+        TypeError: they are not those of a language model.
+    """
     if not isinstance(examples.task, CausalLM):
         raise TypeError("only language models answer")
     return examples.task
+
+
+def _with_room(examples: Encoded, limit: int, size: int) -> Iterator[list[int]]:
+    """Batches by length of prompt, in which every true answer fits beside the longest prompt."""
+    batch: list[int] = []
+    for index in sorted(range(len(examples)), key=lambda i: len(examples[i]["prompt"])):
+        longest = max(int(examples[i]["units"]) for i in [*batch, index])
+        if len(batch) == size or (batch and len(examples[index]["prompt"]) + longest > limit):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _told(examples: Encoded, opening: Opening) -> Tensor:
@@ -128,7 +145,7 @@ class _Diverge(LogitsProcessor):  # type: ignore[misc]
     """Forbids, as the first new token, the true one and the end where an answer was begun."""
 
     def __init__(self, examples: Encoded, openings: Sequence[Opening], width: int) -> None:
-        task = _speaking(examples)
+        task = language_model(examples)
         self.width = width
         forbidden = [
             (row, int(token))

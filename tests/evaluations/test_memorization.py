@@ -1,6 +1,7 @@
 """Memorization measures by hand, by definition and against published behaviour."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -251,6 +252,33 @@ def test_rouge_l_agrees_with_rouge_score(reference, hypothesis, stemmer, expecte
 )
 def test_rouge_l_without_words_is_zero(reference, hypothesis):
     assert rouge_l(reference, hypothesis) == (0, 0, 0)
+
+
+@given(st.text(st.characters(max_codepoint=0x24F)), st.booleans())
+def test_words_of_latin_texts_are_those_of_rouge_score(text, stemmer):
+    words = re.findall("[a-z0-9]+", text.lower())
+    assert rouge_l(text, " ".join(words), stemmer) == ((1, 1, 1) if words else (0, 0, 0))
+    if len(words) > 1:
+        assert rouge_l(text, " ".join(words[1:]), stemmer).recall == (len(words) - 1) / len(words)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "recall"),
+    [
+        ("Σήμερα η Άντα ζει στο Όσλο.", "η Άντα μένει στο Όσλο;", 4 / 6),
+        ("Ада родилась в 1931 году", "ада родилась в 1932 году", 4 / 5),
+        ("艾达住在奥斯陆。", "艾达,奥斯陆", 5 / 7),  # a word each
+        ("艾达住在 Oslo", "Oslo", 1 / 5),
+        ("에이다는 오슬로에 산다", "에이다는 산다", 2 / 3),
+        ("अदा ओस्लो में रहती है।", "अदा ओस्लो में", 3 / 5),  # vowel signs belong to their words
+        ("تعيش آدا في أوسلو،", "تعيش في", 2 / 4),
+        ("Ада", "Ana", 0),
+    ],
+)
+def test_rouge_l_reads_other_scripts(reference, hypothesis, recall):
+    for stemmer in (True, False):
+        assert rouge_l(reference, hypothesis, stemmer).recall == pytest.approx(recall)
+        assert rouge_l(reference, reference, stemmer) == (1, 1, 1)
 
 
 def test_rouge_l_of_a_long_line():
