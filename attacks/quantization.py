@@ -9,17 +9,36 @@ weight is exact):
 
 Every linear and convolution layer is rounded, the output layer and embeddings are not, as in
 common 4-bit loaders. Fused experts of mixtures are not rounded either.
+
+The searches round as such loaders do. With a GPU and bitsandbytes that library does it: LLM.int8()
+rounds to 8 bits with one scale per row (Dettmers et al. 2022, arXiv 2208.07339), NF4 to the nearest
+of 16 quantiles of a normal distribution with one scale per 64 weights (Dettmers et al. 2023, arXiv
+2305.14314). Elsewhere the round trip above stands in for both, with the same scales. Activations
+keep their precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
 from torch import Tensor, nn
 
+from unlearn.attacks.interface import Array, Ground, Search
+from unlearn.attacks.relearning import hit_rates, put_back
+from unlearn.attacks.signals import collect
 from unlearn.errors import BadInput
+from unlearn.run import Run
 from unlearn.tasks.base import Task
 
+GROUP = 64
 
-def rounded(weight: Tensor, bits: int = 4, group: int = 64) -> Tensor:
+
+def rounded(weight: Tensor, bits: int = 4, group: int = GROUP) -> Tensor:
     """The weight after its round trip, same shape and dtype.
 
     Args:
@@ -43,21 +62,86 @@ def rounded(weight: Tensor, bits: int = 4, group: int = 64) -> Tensor:
     return result
 
 
-def quantize(model: nn.Module, task: Task, bits: int = 4, group: int = 64) -> int:
+def quantize(model: nn.Module, task: Task, bits: int = 4, group: int = GROUP) -> int:
     """Round the weights of a model in place.
 
     Returns:
         The number of weights that were rounded.
     """
-    head = task.output_layer(model)
     count = 0
+    for rows in matrices(model, task):
+        rows.copy_(rounded(rows, bits, group))
+        count += rows.numel()
+    return count
+
+
+def matrices(model: nn.Module, task: Task) -> Iterator[Tensor]:
+    """Weights of linear and convolution layers but for the output layer, rows are outputs.
+
+    They share the model's memory: what is written into them is written into the model.
+    """
+    head = task.output_layer(model)
     for module in model.modules():
         transposed = type(module).__name__ == "Conv1D"  # of GPT-2: rows are inputs
         linear = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        if module is head or not (linear or transposed):
-            continue
-        weight = module.get_parameter("weight")
-        rows = weight.detach().T if transposed else weight.detach()  # shares the memory
-        rows.copy_(rounded(rows, bits, group))
-        count += weight.numel()
-    return count
+        if module is not head and (linear or transposed):
+            weight = module.get_parameter("weight").detach()
+            yield weight.T if transposed else weight
+
+
+def backend(device: torch.device) -> Literal["bitsandbytes", "torch"]:
+    """What the searches round with on this device."""
+    installed = device.type == "cuda" and find_spec("bitsandbytes") is not None
+    return "bitsandbytes" if installed else "torch"
+
+
+def by_bitsandbytes(weight: Tensor, bits: Literal[4, 8]) -> Tensor:
+    """The weight after bitsandbytes stored and read it: NF4, or LLM.int8(); same shape and dtype.
+
+    Args:
+        weight: rows are outputs: shape (outputs, ...).
+        bits: 4 or 8.
+    """
+    library: Any = import_module("bitsandbytes.functional")  # has no types
+    weight = weight.detach()
+    if bits == 4:  # as one vector: scales run over the ends of rows, and some kernels forget that
+        stored = library.quantize_4bit(weight.flatten().float(), blocksize=GROUP, quant_type="nf4")
+        back = library.dequantize_4bit(*stored)
+    else:  # as Linear8bitLt does
+        rows = weight.reshape(len(weight), -1).contiguous().half()
+        integers, largest, _ = library.int8_vectorwise_quant(rows)
+        back = library.int8_vectorwise_dequant(integers, largest)
+    result: Tensor = back.reshape(weight.shape).to(weight.dtype)
+    return result
+
+
+def _round_trip(weight: Tensor, bits: Literal[4, 8]) -> Tensor:
+    if backend(weight.device) == "bitsandbytes":
+        return by_bitsandbytes(weight, bits)
+    return rounded(weight, bits, GROUP if bits == 4 else weight[0].numel())
+
+
+def _after_rounding(bits: Literal[4, 8], model: nn.Module, ground: Ground, run: Run) -> Array:
+    """Share of argmax hits of each forget record while the weights are rounded, shape (n,)."""
+    layers = list(matrices(model, run.task))
+    if not layers:
+        raise BadInput(f"{type(model).__name__} has no layer to round but its output layer")
+    with put_back(model):
+        for rows in layers:
+            rows.copy_(_round_trip(rows, bits))
+        return hit_rates(collect(model, ground.forget, run, b"", f"round to {bits} bits"))
+
+
+def _search(bits: Literal[4, 8], word: str) -> Search:
+    return Search(
+        name=f"{word}_bits",
+        title=f"Weights rounded to {bits} bits: what is still answered rightly",
+        unit="share of argmax hits",
+        source="Zhang et al. 2024, arXiv 2410.16454",
+        score=partial(_after_rounding, bits),
+        tasks=("causal_lm", "classification"),
+        depth="standard",
+    )
+
+
+SEARCHES = (_search(8, "eight"), _search(4, "four"))

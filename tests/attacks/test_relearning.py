@@ -17,7 +17,21 @@ from torch import nn
 
 from tests.plain import vectors, with_statistics
 from unlearn import demo
-from unlearn.attacks.relearning import HELD, SHOWN, Relearned, recovered, relearn, split, steps_to
+from unlearn.attacks import relearning
+from unlearn.attacks.interface import Ground
+from unlearn.attacks.relearning import (
+    HELD,
+    SEARCHES,
+    SHOWN,
+    Relearned,
+    over_budgets,
+    put_back,
+    recovered,
+    relearn,
+    split,
+    steps_to,
+    unrelated,
+)
 from unlearn.attacks.signals import collect
 from unlearn.data import load
 from unlearn.errors import BadInput, Collapsed
@@ -84,6 +98,22 @@ def test_split_parts_are_disjoint_and_repeatable(n: int, seed: int) -> None:
     few, same = split(n, seed, shown=4)
     assert same == held
     assert len(few) == min(n // 2, 4)
+
+
+@given(st.integers(2, 600), st.integers(0, 10), st.floats(0.01, 0.99))
+def test_a_share_of_all_records_is_shown(n: int, seed: int, share: float) -> None:
+    shown, held = split(n, seed, share)
+    assert len(shown) == min(n - 1, max(1, round(share * n)))
+    assert len(held) == min(n - len(shown), HELD)
+    assert not set(shown) & set(held)
+    assert set(shown) | set(held) <= set(range(n))
+
+
+def test_four_fifths_are_shown_and_one_is_held() -> None:
+    shown, held = split(50, 0, 0.8)
+    assert (len(shown), len(held)) == (40, 10)
+    with pytest.raises(BadInput, match="must not be 0"):
+        split(50, 0, 0)
 
 
 def test_split_needs_two_records() -> None:
@@ -240,8 +270,79 @@ def test_a_model_that_knows_answers_before_one_that_has_to_learn() -> None:
         parts = forget.select(shown), forget.select(held)
         return relearn(model, *parts, retain, Run(task), steps=(0, 2, 4, 8))
 
+    ground = Ground(forget, retain.sample(8, seed=0))
+    one, other = (unrelated(model, ground, Run(task)) for model in (knows, never))
+    assert one.shape == other.shape == (len(forget),)
+    assert one.mean() > other.mean() + 0.2  # nobody taught it, and it is still there
     known, learnt = curve(knows), curve(never)
     assert known.hits.shape == known.loss.shape == (4, len(held))
     assert recovered(known.hits, known.steps).mean() > recovered(learnt.hits, learnt.steps).mean()
     assert learnt.loss[-1].mean() < learnt.loss[0].mean()  # the attack does teach
     assert learnt.loss[-1].mean() > known.loss[0].mean()
+
+
+def test_unrelated_records_alone_are_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forget, _, retain = plain_sets()
+    monkeypatch.setattr(relearning, "SGD", (replace(GENTLE, optimizer="sgd"),))
+    before = everything(model)
+    found = SEARCHES[0].score(model, Ground(forget, retain), Run(forget.task, seed=5))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    hits = []
+    for steps in relearning.STEPS:
+        copied = copy.deepcopy(model).eval()
+        if steps:
+            way = replace(GENTLE, optimizer="sgd")
+            way = replace(way, epochs=(steps - 0.5) / replace(way, epochs=1).steps(len(retain)))
+            run = Run(forget.task, Run(forget.task, seed=5).seed_of("relearn"))
+            descend(Subject(copied), [Term("retain", retain, likelihood, "unit")], way, run)
+        signals = collect(copied, forget, Run(forget.task), b"k", "measure")
+        hits.append([float(row.mean()) for row in signals.hits()])
+    assert found == pytest.approx(recovered(hits, relearning.STEPS))
+    with pytest.raises(BadInput, match="--retain"):
+        SEARCHES[0].score(model, Ground(forget), Run(forget.task))
+
+
+def test_budgets_share_the_held_out_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forget, _, retain = plain_sets()
+    seen: list[tuple[list[str], list[str]]] = []
+    real = relearning.relearn
+
+    def spied(
+        model: nn.Module, shown: Encoded, held: Encoded, retain: Encoded | None, run: Run
+    ) -> Relearned:
+        seen.append(([*shown.examples.ids], [*held.examples.ids]))
+        return real(model, shown, held, retain, run, GENTLE, (0, 2))
+
+    monkeypatch.setattr(relearning, "relearn", spied)
+    run = Run(forget.task, seed=3)
+    tried, areas = over_budgets(model, forget, retain, run)
+    assert tried == [1, 5]  # half of ten records are held out
+    assert areas.shape == (2, 5)
+    (one, held), (five, same) = seen
+    assert held == same
+    assert set(one) < set(five)
+    assert not set(five) & set(held)
+    shown, rest = split(10, 3, 5)
+    alone = real(model, forget.select(shown), forget.select(rest), retain, run, GENTLE, (0, 2))
+    assert areas[1].tolist() == recovered(alone.hits, alone.steps).tolist()
+    assert over_budgets(model, forget, retain, run, (7, 9))[0] == [5]
+    assert recovered(areas, tried) == pytest.approx(areas.mean(0))
+    for wrong in ((), (0, 1), (2, 1), (1, 1)):
+        with pytest.raises(BadInput, match="ascend from 1"):
+            over_budgets(model, forget, retain, run, wrong)
+
+
+def test_put_back_puts_back_whatever_is_raised() -> None:
+    model = with_statistics().train()
+    before = everything(model)
+
+    def spoil() -> None:
+        with put_back(model), torch.no_grad():
+            for value in model.eval().state_dict().values():
+                value.fill_(7)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        spoil()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.training
