@@ -12,6 +12,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -257,45 +258,111 @@ def by_layer(series: Mapping[str, Sequence[float | None]], unit: str, label: str
         return Drawing(_svg(figure, label), f"Highest value: {', '.join(peaks)}.")
 
 
-def over_requests(
-    retained: Sequence[float | None], forgotten: Sequence[Sequence[float]], unit: str, label: str
+def over_time(
+    retained: Sequence[float | None],
+    forgotten: Sequence[Sequence[float]],
+    unit: str,
+    label: str,
+    *,
+    at: Sequence[int] | None = None,
+    unseen: Sequence[float | None] = (),
+    axis: str = "requests carried out",
 ) -> Drawing:
-    """What stays and what is gone, after each request of a series.
+    """What stays and what is gone, moment by moment.
 
     Args:
-        retained: One value before the first request and one after each; None where not measured.
-        forgotten: For each of the same moments, a value of every request carried out by then. Their
-            mean is drawn within the band from the smallest to the largest.
+        retained: One value for each moment, the first of which is before anything was forgotten;
+            None where not measured.
+        forgotten: For each of the same moments, a value of everything forgotten by then. Their mean
+            is drawn within the band from the smallest to the largest.
         unit: Of the values, which lie between 0 and 1.
         label: What the figure shows, for readers who do not see it.
+        at: Where the moments lie, ascending; None: 0, 1, 2 and so on.
+        unseen: The same as ``retained``, on records that were never seen.
+        axis: What is counted from left to right.
 
     Returns:
         The figure and a note on where both ended.
     """
-    kept = np.array([math.nan if value is None else value for value in retained])
-    later = [(i, np.asarray(values)) for i, values in enumerate(forgotten) if len(values)]
-    note = f"{later[-1][1].mean():.3g} on what was forgotten at the end"
+    where = np.arange(len(retained)) if at is None else np.asarray(at)
+    kept, never = (
+        np.array([math.nan if value is None else value for value in values])
+        for values in (retained, unseen)
+    )
+    later = [(where[i], np.asarray(values)) for i, values in enumerate(forgotten) if len(values)]
+    parts = []
+    if later:
+        parts.append(f"{later[-1][1].mean():.3g} on what was forgotten at the end")
     if _finite(retained).size:
-        note += f", {kept[-1]:.3g} on what is retained ({kept[0]:.3g} at first)"
+        parts.append(f"{kept[-1]:.3g} on what is retained ({kept[0]:.3g} at first)")
 
     with _style():
         figure, axes = _axes(2.3)
+        marks: dict[str, Any] = {"markersize": 2.8, "markeredgewidth": 0, "clip_on": False}
+        marks["marker"] = "o" if where.size <= 30 else ""
         x = [i for i, _ in later]
         low, high = ([float(f(v)) for _, v in later] for f in (np.min, np.max))
         axes.fill_between(x, low, high, color=INK["unlearned"], alpha=0.16, linewidth=0)
-        marks: dict[str, Any] = {"marker": "o", "markersize": 2.8, "markeredgewidth": 0}
         mean = [float(v.mean()) for _, v in later]
-        axes.plot(x, mean, color=INK["unlearned"], clip_on=False, **marks, **STYLES["unlearned"])
-        axes.plot(
-            np.arange(kept.size), kept, color=INK["original"], clip_on=False, **marks,
-            **STYLES["original"],
-        )  # fmt: skip
+        axes.plot(x, mean, color=INK["unlearned"], **marks, **STYLES["unlearned"])
+        axes.plot(where, kept, color=INK["original"], **marks, **STYLES["original"])
+        if _finite(unseen).size:
+            axes.plot(where, never, color=INK["control"], **marks, **STYLES["control"])
         axes.set_ylim(0, 1)
-        axes.set_xlim(0, max(1, kept.size - 1))
+        axes.set_xlim(0, max(1, int(where[-1])))
         axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("requests carried out")
-        axes.set_ylabel(unit)
-        return Drawing(_svg(figure, label), f"{note}.")
+        axes.set_xlabel(axis)
+        axes.set_ylabel(textwrap.fill(unit, 20))
+        return Drawing(_svg(figure, label), f"{', '.join(parts)}." if parts else "")
+
+
+def trade_off(
+    points: Sequence[tuple[float, float]], efficient: Sequence[bool], label: str
+) -> Drawing:
+    """Forgetting against utility, a numbered point per run; the upper left corner is best.
+
+    Args:
+        points: (distance from having forgotten, share of utility kept) of each run.
+        efficient: For each run whether no other is as good in both and better in one: those are
+            filled and joined by steps.
+        label: What the figure shows, for readers who do not see it.
+
+    Returns:
+        The figure and a note that names the runs on the steps by their numbers.
+    """
+    x, y = np.asarray(points, dtype=np.float64).T
+    best = np.asarray(efficient, dtype=bool)
+    front = ", ".join(str(i + 1) for i in np.flatnonzero(best))
+    right, low, high = float(x.max()), float(y.min()), float(y.max())
+    right, margin = right or 0.1, max(0.15 * (high - low), 0.02)
+    places: dict[tuple[int, int], list[int]] = {}  # runs that would write over each other
+    for i in range(x.size):
+        near = round(12 * x[i] / right), round(6 * (y[i] - low) / (high - low + margin))
+        places.setdefault(near, []).append(i)
+
+    with _style():
+        figure, axes = _axes(3.0)
+        order = np.lexsort((y[best], x[best]))
+        axes.plot(
+            x[best][order], y[best][order], color=INK["unlearned"], linewidth=0.9, alpha=0.6,
+            drawstyle="steps-post",
+        )  # fmt: skip
+        for chosen, name, fill in ((best, "unlearned", "unlearned"), (~best, "original", "none")):
+            axes.plot(
+                x[chosen], y[chosen], linestyle="none", marker="o", markersize=5.5,
+                markeredgecolor=INK[name], markerfacecolor=INK.get(fill, "none"), clip_on=False,
+            )  # fmt: skip
+        for runs in places.values():
+            i = runs[0]
+            axes.annotate(
+                ", ".join(str(run + 1) for run in runs), (x[i], y[i]), (6, 5),
+                textcoords="offset points", fontsize=TEXT, color=INK["muted"],
+            )  # fmt: skip
+        axes.set_xlim(-0.04 * right, 1.12 * right)
+        axes.set_ylim(low - margin, high + margin)
+        axes.set_xlabel("distance from having forgotten")
+        axes.set_ylabel("share of utility kept")
+        return Drawing(_svg(figure, label), f"Not beaten in both by any other: {front}.")
 
 
 def strip(marks: Sequence[Mark]) -> str:

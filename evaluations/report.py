@@ -154,6 +154,7 @@ def render_html(report: Report) -> str:
         ],
         terms=_term_figures(report),
         course=_series_figure(report),
+        within=_course_figure(report),
         labels={"verdicts": VERDICTS, "better": BETTER, "subsets": SUBSETS, "groups": GROUPS},
         checkpoints=CHECKPOINTS,
     )
@@ -388,8 +389,27 @@ def _series_figure(report: Report) -> dict[str, Any] | None:
     retained = [moment.retain for moment in moments]
     forgotten = [[v for v in m.forget[: m.request] if v is not None] for m in moments]
     label = "Accuracy on what was forgotten and on what is retained, request by request"
-    drawing = plots.over_requests(retained, forgotten, report.series.unit, label)
+    drawing = plots.over_time(retained, forgotten, report.series.unit, label)
     return _figure("Request by request", drawing, now=moments[-1].request)
+
+
+def _course_figure(report: Report) -> dict[str, Any] | None:
+    """What stays and what is gone over the steps of one run."""
+    if report.course is None:
+        return None
+    looks = report.course.looks
+    steps = [look.step for look in looks]
+    taken = steps[-1] > 0
+    drawing = plots.over_time(
+        [look.retain for look in looks],
+        [[] if look.forget is None else [look.forget] for look in looks],
+        report.course.unit,
+        "Accuracy on what is forgotten, on what is retained and on unseen records, step by step",
+        at=steps if taken else None,
+        unseen=[look.holdout for look in looks],
+        axis="optimiser steps" if taken else "before and after",
+    )
+    return _figure("Step by step", drawing, steps=steps[-1])
 
 
 def _figure(title: str, drawing: plots.Drawing, **more: Any) -> dict[str, Any]:

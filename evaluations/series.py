@@ -29,8 +29,7 @@ from unlearn.evaluations.schema import Moment, Series
 from unlearn.interface import Classes, Need
 from unlearn.plan import Plan, plan
 from unlearn.run import Progress, Role, Run, execute
-from unlearn.tasks.base import IGNORED, Encoded, evaluating
-from unlearn.tasks.classification import Classification
+from unlearn.tasks.base import Encoded
 from unlearn.workplace import Outcome, written_whole
 
 ASKED = ("forget", "forget_ids", "forget_classes", "retain")  # what may differ between requests
@@ -54,7 +53,9 @@ class Watch:
 
     def look(self, model: nn.Module, run: Run) -> None:
         """Measure the model that the requests so far have led to."""
-        right = {name: _right(model, examples, run) for name, examples in self.sets.items()}
+        right = {
+            name: stability.right(model, examples, run) for name, examples in self.sets.items()
+        }
         done = len(self.moments)
         self.moments.append(
             Moment(
@@ -69,7 +70,7 @@ class Watch:
     def series(self) -> Series:
         """What was seen, and the worst of it."""
         task = next(iter(self.sets.values())).task
-        unit = "accuracy" if task.name == "classification" else "share of answer tokens predicted"
+        unit = stability.unit_of(task)
         return Series(unit=unit, moments=tuple(self.moments), worst=worst(self.moments))
 
 
@@ -88,29 +89,13 @@ def worst(moments: Sequence[Moment]) -> dict[str, float]:
     }
     kept = [m.retain for m in moments if m.retain is not None]
     if len(kept) == len(moments):
-        found["lowest accuracy on the retain set"] = min(kept)
-        found["largest fall on the retain set from one request to the next"] = (
-            stability.windowed_forgetting(kept, 2)
-        )
-        found["largest fall on the retain set over the whole series"] = (
-            stability.windowed_forgetting(kept, max(2, len(kept)))
-        )
+        found |= stability.falls(kept, "request", "series")
     if done > 1:
         learned = [(i, i + 2) for i in range(done)]
         found["share that stays forgotten at the worst moment (WC-ACC of 1 - accuracy)"] = (
             stability.worst_case_accuracy(1 - forgotten, learned)
         )
     return {name: float(value) for name, value in found.items()}
-
-
-def _right(model: nn.Module, examples: Encoded, run: Run) -> float | None:
-    hits = units = 0
-    with evaluating(model):
-        for indices in examples.by_length(64):
-            batch = examples.batch(indices, run.device)
-            hits += int(run.task.predictions(model, batch).hits().sum())
-            units += int((batch["labels"] != IGNORED).sum())
-    return hits / units if units else None  # nothing says what would be right
 
 
 class Watching(Examination):
@@ -281,9 +266,7 @@ def _watched(configs: Sequence[RunConfig]) -> tuple[Watch, str]:
             unseen = unseen.select([i for i, label in enumerate(labels) if label not in classes])
         if len(unseen):
             watch.sets["holdout"] = unseen.sample(WATCHED, configs[0].seed)
-    if isinstance(last.checkpoint.task, Classification):  # what is watched is not for the method
-        reading = last.checkpoint.task.reading(Need.OPTIONAL)
-        watch.sets = {name: part.as_read(reading) for name, part in watch.sets.items()}
+    watch.sets = stability.as_watched(watch.sets, last.checkpoint.task)
     return watch, hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

@@ -2,20 +2,34 @@
 
 A model that is measured only when a request is finished can look stable while it was not. These
 numbers take a whole series of measurements: accuracy of several tasks (here: what must stay, or
-how well each request stays forgotten) at every evaluation.
+how well each request stays forgotten) at every evaluation. :mod:`unlearn.evaluations.series` takes
+them after every request; :class:`Watch` takes them within one run, every few optimiser steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
+from unlearn import distributed
+from unlearn.case import Case
 from unlearn.errors import BadInput
+from unlearn.evaluations.schema import Course, Look
+from unlearn.interface import Need
+from unlearn.run import Run
+from unlearn.tasks.base import IGNORED, Encoded, evaluating
+from unlearn.tasks.classification import Classification
 
 Array = npt.NDArray[np.float64]
+LOOKED_AT = 200  # records per set and look
+SETS = ("forget", "retain", "holdout")
 
 
 def min_accuracy(series: Any, intervals: Sequence[tuple[int, int]]) -> float:
@@ -87,6 +101,194 @@ def windowed_forgetting(series: Any, window: int) -> float:
     for distance in range(1, min(window, values.shape[1])):
         falls = np.maximum(falls, (values[:, :-distance] - values[:, distance:]).max(1))
     return float(falls.mean())
+
+
+def falls(kept: Sequence[float], one: str, whole: str) -> dict[str, float]:
+    """How low what is retained got, and how fast, by what the numbers mean.
+
+    Args:
+        kept: accuracy on the retain set at every evaluation.
+        one: what lies between two evaluations, such as "request".
+        whole: what all of them make, such as "series".
+    """
+    return {
+        "lowest accuracy on the retain set": min(kept),
+        f"largest fall on the retain set from one {one} to the next": windowed_forgetting(kept, 2),
+        f"largest fall on the retain set over the whole {whole}": (
+            windowed_forgetting(kept, max(2, len(kept)))
+        ),
+    }
+
+
+def right(model: nn.Module, examples: Encoded, run: Run) -> float | None:
+    """Share of answers, or of their tokens, that the model gets right; None where nothing says.
+
+    Several processes share the work. The model's modes are put back, no gradient is taken and no
+    random number drawn.
+    """
+
+    def counted(indices: list[int]) -> tuple[int, int]:
+        batch = examples.batch(indices, run.device)
+        hits = int(run.task.predictions(model, batch).hits().sum())
+        return hits, int((batch["labels"] != IGNORED).sum())
+
+    with evaluating(model):
+        counts = list(distributed.spread(counted, examples.by_length(64)))
+    units = sum(there for _, there in counts)
+    return sum(hits for hits, _ in counts) / units if units else None
+
+
+def unit_of(task: Any) -> str:
+    """What :func:`right` counts, in words."""
+    return "accuracy" if task.name == "classification" else "share of answer tokens predicted"
+
+
+def as_watched(sets: Mapping[str, Encoded], task: Any) -> dict[str, Encoded]:
+    """The sets with their labels: what is watched is not for the method."""
+    if not isinstance(task, Classification):
+        return dict(sets)
+    reading = task.reading(Need.OPTIONAL)
+    return {name: part.as_read(reading) for name, part in sets.items()}
+
+
+class Watch:
+    """Progress that looks at some records every few optimiser steps, and passes everything on.
+
+    The weights are the same with it and without, bit for bit. What it sees stands in metrics.jsonl,
+    so that a run that was interrupted knows all of it.
+
+    Args:
+        case: its ``config.watch`` says how many steps lie between two looks; at most 200 seeded
+            records of each set are looked at.
+        model: the one that forgets, in place; looked at once now.
+        run: whose progress this takes the place of, until :meth:`end`.
+    """
+
+    def __init__(self, case: Case, model: nn.Module, run: Run) -> None:
+        self.every: int = case.config.watch  # type: ignore[attr-defined]
+        self.model, self.run, self.progress = model, run, run.progress
+        chosen: dict[str, Encoded] = {
+            name: part.sample(LOOKED_AT, case.config.seed)
+            for name, part in case.sets.named().items()
+            if name in SETS and len(part)
+        }
+        self.sets = as_watched(chosen, case.checkpoint.task)
+        self._look("before", "", 0)
+        run.progress = self
+
+    def advance(self, phase: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+        """A step was taken: look, if it is one to look at."""
+        word, _, name = phase.partition(" ")
+        if word == "unlearn" and done % self.every == 0:
+            self._look("step", name, done)
+        self.progress.advance(phase, done, total, numbers)
+
+    def say(self, sentence: str) -> None:
+        """Pass it on."""
+        self.progress.say(sentence)
+
+    def end(self, model: nn.Module, run: Run) -> None:
+        """The model as it was written; from here on nothing is looked at."""
+        run.progress = self.progress
+        in_place, self.model = model is self.model, model
+        self._look("after", "", 0, in_place=in_place)
+
+    def _look(self, when: str, phase: str, step: int, **more: bool) -> None:
+        seen = {name: right(self.model, part, self.run) for name, part in self.sets.items()}
+        self.run.log("look", when=when, phase=phase, step=step, **seen, **more)
+
+    def course(self, metrics: Path) -> Course:
+        """What was seen, in all attempts at the run, and the worst of it."""
+        looks, steps, in_place = looks_of(metrics.read_text().splitlines())
+        if not steps:
+            note = "The method takes no gradient steps: only both ends were looked at."
+        elif not in_place:
+            note = "The method makes another model than the one it is given: only both ends count."
+        elif len(looks) == 2:
+            note = f"The method took {steps:,} steps, too few for a look on the way."
+        else:
+            note = _return(looks)
+        unit = unit_of(next(iter(self.sets.values())).task)
+        return Course(every=self.every, unit=unit, looks=looks, worst=worst(looks), note=note)
+
+
+def looks_of(lines: Sequence[str]) -> tuple[tuple[Look, ...], int, bool]:
+    """The looks that the lines of metrics.jsonl tell of, from before the first step to the end.
+
+    Steps of several phases are counted one after another. What an interrupted run did again stands
+    there twice, with the same numbers.
+
+    Returns:
+        The looks; how many optimiser steps were taken in all; and whether the model that was looked
+        at on the way is the one that came out, without which only both ends are among the looks.
+    """
+    events = [json.loads(line) for line in lines]
+    sizes: dict[str, int] = {}
+    for event in events:
+        if event["event"] == "step":
+            sizes[event["phase"]] = max(event["step"], sizes.get(event["phase"], 0))
+    total, starts = sum(sizes.values()), dict(zip(sizes, _sums(sizes.values()), strict=True))
+    seen = [event for event in events if event["event"] == "look"]
+    before, after = ([e for e in seen if e["when"] == when][-1] for when in ("before", "after"))
+    between = {starts[e["phase"]] + e["step"]: e for e in seen if e["when"] == "step"}
+    if not after["in_place"]:
+        between = {}
+    at = [(step, event) for step, event in sorted(between.items()) if step < total]
+    return (
+        tuple(
+            Look(step=step, **{name: event.get(name) for name in SETS})
+            for step, event in [(0, before), *at, (total, after)]
+        ),
+        total,
+        after["in_place"],
+    )
+
+
+def _sums(sizes: Iterable[int]) -> list[int]:
+    """What came before each, summed."""
+    return [0, *accumulate(sizes)][:-1]
+
+
+def worst(looks: Sequence[Look]) -> dict[str, float]:
+    """The worst moments of one run, by what they mean; empty with fewer than two looks."""
+    if len(looks) < 2:
+        return {}
+    gone = [look.forget for look in looks if look.forget is not None]
+    kept = [look.retain for look in looks if look.retain is not None]
+    found: dict[str, float] = {}
+    if len(gone) == len(looks):
+        forgotten = np.array(gone)
+        first = int(np.argmax(forgotten <= forgotten[-1]))
+        found["highest accuracy on what was forgotten, once it was as low as at the end"] = (
+            forgotten[first:].max()
+        )
+        found["largest return of what was forgotten, from one look to any later one"] = (
+            windowed_forgetting(1 - forgotten, len(looks))
+        )
+    if len(kept) == len(looks):
+        found |= falls(kept, "look", "run")
+        if len(gone) == len(looks):
+            tasks = [kept, 1 - forgotten]  # the one known before the first step, the other since
+            found["what holds at the worst moment (WC-ACC of what stays and 1 - what is gone)"] = (
+                worst_case_accuracy(tasks, [(0, 1), (1, len(looks))])
+            )
+    return {name: float(value) for name, value in found.items()}
+
+
+def _return(looks: Sequence[Look]) -> str:
+    """When what was forgotten came back most, in a sentence."""
+    known = [(look.step, look.forget) for look in looks if look.forget is not None]
+    back, start, end = max(
+        ((later[1] - earlier[1], earlier, later)
+         for i, earlier in enumerate(known) for later in known[i + 1 :]),
+        key=lambda found: found[0], default=(0.0, None, None),
+    )  # fmt: skip
+    if start is None or end is None or back <= 0:
+        return "What was forgotten never rose from one look to a later one."
+    return (
+        f"What was forgotten came back most from step {start[0]:,} ({start[1]:.3f}) to step "
+        f"{end[0]:,} ({end[1]:.3f})."
+    )
 
 
 def _checked(series: Any, intervals: Sequence[tuple[int, int]]) -> tuple[Array, list[int]]:

@@ -23,7 +23,7 @@ from unlearn import data, distributed, manifest, weights
 from unlearn.case import Case
 from unlearn.checkpoint import Checkpoint
 from unlearn.ensemble import ENSEMBLE
-from unlearn.errors import BadInput
+from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Need, Subject
 from unlearn.pipeline import INDEX
 from unlearn.plan import Plan
@@ -191,8 +191,10 @@ def execute(plan: Plan, audit: Audit | None = None, progress: Progress | None = 
     Raises:
         Collapsed: training destroyed the model; nothing is left behind.
         BadInput: the output directory appeared meanwhile, or holds another unfinished run.
+        Unsupported: ``watch`` for a model that draws, or with FSDP.
         UnlearnError: the audit failed on the finished model, which is kept with ``out``.
     """
+    _check_watch(plan)
     with distributed.together():
         progress = progress if progress and distributed.is_main() else Silent()
         if audit is not None:
@@ -202,6 +204,20 @@ def execute(plan: Plan, audit: Audit | None = None, progress: Progress | None = 
                 progress.say(f"Going on with the unfinished run in {place}.")
             result = _carry_out(plan, audit, progress, place)
             return replace(result, directory=publish(plan, place))
+
+
+def _check_watch(plan: Plan) -> None:
+    if not plan.config.watch:
+        return
+    if plan.checkpoint.task.name == "diffusion":
+        raise Unsupported(
+            "--watch counts the answers a model gets right, and this one draws: leave it out"
+        )
+    if distributed.shards():
+        raise Unsupported(
+            "--watch needs whole weights while the model trains, which FSDP keeps apart: leave it "
+            "out, or launch without FSDP"
+        )
 
 
 def _carry_out(plan: Plan, audit: Audit | None, progress: Progress, place: Path) -> Result:
