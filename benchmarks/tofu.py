@@ -10,7 +10,8 @@ Privacy: AUC of the forget answers' Min-20% scores over the retrained model's; o
 to reach. Extraction strength on the forget set and on retain records, and once more after the
 weights went through 8 and 4 bits. Relearning: mean area under the curve of argmax hits on 64 forget
 records while 64 others are trained on for 16 steps, the better of two learning rates. Time and
-peak memory are those of the training alone, in a process of its own. Retain numbers are from 100 records, ROUGE from 40 answers a set.
+peak memory are those of the training alone, in a process of its own. Retain numbers are from 100
+records, ROUGE from 40 answers a set.
 
     python benchmarks/tofu.py --try METHOD key=value ...
 

@@ -117,10 +117,12 @@ def _check_names(criteria: Criteria, where: str) -> None:
     """Refuse rules that nothing would ever be held against."""
     from unlearn.attacks.membership import attacks
     from unlearn.evaluations.findings import METRICS  # which needs this file first
+    from unlearn.evaluations.robustness import SEARCHES, compressed
 
     known = {key.partition(".")[0] for key in read().rules}
     known |= {metric.name for metric in METRICS if metric.bounds is not None}
     known |= {f"membership_{attack.name}" for attack in attacks()}
+    known |= {search.name for search in (*SEARCHES, compressed(1))}
     faults = Faults()
     for key in criteria.rules:
         name, dot, subset = key.partition(".")

@@ -26,14 +26,17 @@ from unlearn.evaluations import (
     guards,
     inside,
     junit,
+    robustness,
     shadowing,
+    stability,
 )
 from unlearn.evaluations import criteria as rules
 from unlearn.evaluations.criteria import Check, Criteria, Decision, decide
-from unlearn.evaluations.measure import ASKED, COSTLY, SAMPLED, Measured, measure
+from unlearn.evaluations.measure import ASKED, COSTLY, SAMPLED, Measured, Taking, measure
 from unlearn.evaluations.report import render_html, render_markdown
 from unlearn.evaluations.schema import (
     Cost,
+    Course,
     Distribution,
     Example,
     Finding,
@@ -49,10 +52,11 @@ from unlearn.run import Audit, Progress, Role, Run, Silent
 from unlearn.workplace import Outcome, Stopwatch, begin, peak_memory, publish, workplace
 
 # settings that may name people, or places on this machine
-PRIVATE = ("forget_ids", "forget_classes", "criteria", "columns")
+PRIVATE = ("forget_ids", "forget_classes", "criteria", "columns", "translations")
 SHOWN = 5  # examples in the report, when asked for
 POINTS = 400  # of the training trajectory
-EVIDENCE = ("extraction", "membership", "probe", "durability")  # groups that speak of forgetting
+# groups that speak of forgetting
+EVIDENCE = ("extraction", "membership", "probe", "robustness", "durability")
 
 
 class Examination:
@@ -64,23 +68,33 @@ class Examination:
         self.weights: dict[Role, dict[str, str]] = {}
         self.decoder: Any = None
         self.recipe: Retrain | None = None
+        self.material = robustness.Material([], {}, {}, ())
         self.series: Series | None = None
+        self.watch_within: stability.Watch | None = None
 
     def prepare(self, case: Case) -> None:
         """Refuse what would fail later.
 
         Raises:
-            BadInput: a deep audit does not know how to train its shadow models.
+            BadInput: a deep audit does not know how to train its shadow models, or what it should
+                ask a language model cannot be read.
             MissingNeed: they have not what the method under audit needs.
         """
         self.recipe = shadowing.recipe(case)
+        self.material = robustness.material(case)
 
     def measure(self, role: Role, model: nn.Module, case: Case, run: Run, directory: Path) -> None:
         """Measure one model on every set; what an interrupted audit measured is read back."""
         if role == "original":
             self.decoder = inside.decoder(model, case, run)
+            if getattr(case.config, "watch", 0):
+                self.watch_within = stability.Watch(case, model, run)
+        if role == "unlearned" and self.watch_within is not None:
+            self.watch_within.end(model, run)
         self.weights[role] = guards.hidden_weights(model, case.tasks()[role])
-        self.measured[role] = measure(role, model, case, run, directory, self.decoder)
+        found = measure(role, model, case, run, directory, self.decoder)
+        robustness.look(found, Taking(role, model, run, directory), case, self.material)
+        self.measured[role] = found
 
     def conclude(self, case: Case, outcome: Outcome, run: Run, directory: Path) -> Report:
         """Decide, and write the report in all its forms."""
@@ -94,6 +108,7 @@ class Examination:
             *exposure.checks(scores, case, self.criteria, warning),
             *checks,
             *within.checks(self.criteria),
+            *robustness.checks(self.measured, case, self.criteria),
             *findings.distances(self.measured, case, self.criteria),
             *(self._of_shadows(shadowed, case) if shadowed else []),
             *blind,
@@ -109,9 +124,15 @@ class Examination:
             curves=exposure.curves(scores, tuple(drawn)),
             layers=within.figures(),
             series=self.series,
+            course=self._course(directory),
             exposed=exposure.exposed(scores),
             examples=self._examples(case) if case.config.include_examples else None,
         )  # fmt: skip
+
+    def _course(self, directory: Path) -> Course | None:
+        if self.watch_within is None:
+            return None
+        return self.watch_within.course(directory.parent / "work" / "metrics.jsonl")
 
     def _of_shadows(self, shadowed: shadowing.Shadowed, case: Case) -> list[Check]:
         return [
@@ -202,7 +223,9 @@ def audit(config: AuditConfig, progress: Progress | None = None) -> tuple[Report
             "fingerprints": {
                 role: checkpoint.fingerprint for role, checkpoint in found.items() if checkpoint
             },
-            "settings": config.model_dump(mode="json", exclude={*BY_CONTENT, *PRIVATE}),
+            "settings": config.model_dump(
+                mode="json", exclude={*BY_CONTENT, *PRIVATE}, fallback=str
+            ),
             "sets": outcome.sets,
             "environment": outcome.environment,
             "seconds": outcome.seconds,
@@ -358,7 +381,7 @@ def _limits(case: Case, criteria: Criteria) -> tuple[str, ...]:
                   f"and {closely}, and a pass does not rule them out."],
         "standard": [f"The {closely}: leaks of single records "
                      "that only those find are not ruled out."],
-        "deep": [],
+        "deep": [] if case.config.shadows else [f"The {closely}: --shadows 0."],
     }[depth]  # fmt: skip
     found.append("Copies of the original checkpoint and of the data elsewhere were not examined.")
     size = SAMPLED[depth]

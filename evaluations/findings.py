@@ -247,6 +247,25 @@ def above(after: Array, reference: Array, margin: float) -> Effect:
     )  # fmt: skip
 
 
+def beside(
+    name: str,
+    values: Mapping[Checkpoint, Array | None],
+    fields: dict[str, Any],
+    criteria: Criteria,
+) -> Check:
+    """A mean over forget records, held against the same on the retrained model."""
+    rule = criteria.rule(name, "forget")
+    if rule is None:
+        return Check(name, "forget", fields=fields)
+    after, before, exact = (values.get(role) for role in ("unlearned", "original", "retrained"))
+    if after is None or before is None or exact is None:
+        why = "It means something only beside a retrained model: pass --retrained."
+        return Check(name, "forget", state=("not_run", why), fields=fields)
+    effect, original = above(after, exact, rule.margin), above(before, exact, rule.margin)
+    fields = fields | {"criterion": effect.criterion}
+    return Check(name, "forget", effect, original, fields=fields)
+
+
 def _small(after: Array, margin: float) -> Effect:
     """At most ``margin``, whatever other models do."""
     return Effect(

@@ -20,7 +20,7 @@ from unlearn.case import Case
 from unlearn.errors import BadInput, Unsupported
 from unlearn.evaluations import probes
 from unlearn.evaluations.criteria import Check, Criteria
-from unlearn.evaluations.findings import above, shown
+from unlearn.evaluations.findings import beside, shown
 from unlearn.evaluations.measure import Decoder, Measurements
 from unlearn.evaluations.schema import CHECKPOINTS, Checkpoint, Layers, Value
 from unlearn.interface import Classes
@@ -137,7 +137,7 @@ class Inside:
             f"{title} ({self.layers[layer]})", values, (0.0, 1.0), unit=_unit(name),
             better="closer_to_retrained", group="probe", source=source,
         )  # fmt: skip
-        return _beside(name, values, fields, criteria)
+        return beside(name, values, fields, criteria)
 
     def figures(self) -> tuple[Layers, ...]:
         """What probes read, layer by layer."""
@@ -180,7 +180,7 @@ def _relearning(
         unit="area under the curve", better="closer_to_retrained", group="durability",
         source=RELEARNED,
     )  # fmt: skip
-    found = [_beside("relearning", areas, fields, criteria)]
+    found = [beside("relearning", areas, fields, criteria)]
     level = 0.9 * float(curves["original"]["hits"][0].mean())
     times = {r: steps_to(c["hits"].mean(1), c["steps"], level) for r, c in curves.items()}
     values: dict[str, Any] = {r: Value(value=float(t)) for r, t in times.items() if t is not None}
@@ -193,22 +193,3 @@ def _relearning(
     }  # fmt: skip
     why = f"Not within {last} steps: {', '.join(never)}." if never else ""
     return [*found, Check("relearn_time", "forget", state=("info", why), fields=fields)]
-
-
-def _beside(
-    name: str,
-    values: Mapping[Checkpoint, Array | None],
-    fields: dict[str, Any],
-    criteria: Criteria,
-) -> Check:
-    """Held against the same on the retrained model."""
-    rule = criteria.rule(name, "forget")
-    if rule is None:
-        return Check(name, "forget", fields=fields)
-    after, before, exact = (values.get(role) for role in ("unlearned", "original", "retrained"))
-    if after is None or before is None or exact is None:
-        why = "It means something only beside a retrained model: pass --retrained."
-        return Check(name, "forget", state=("not_run", why), fields=fields)
-    effect, original = above(after, exact, rule.margin), above(before, exact, rule.margin)
-    fields = fields | {"criterion": effect.criterion}
-    return Check(name, "forget", effect, original, fields=fields)

@@ -55,6 +55,7 @@ class Measured:
         numbers: per-record numbers by name and set; rows of ``costly`` for its numbers.
         curves: arrays with one row per layer or step, by name and part.
         answers: what a language model said about the forget records; not kept on disk.
+        missing: why something could not be looked for, by its name.
     """
 
     signals: dict[str, Signals]
@@ -62,6 +63,7 @@ class Measured:
     numbers: dict[str, dict[str, Array]] = field(default_factory=dict)
     curves: dict[str, dict[str, Array]] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 Measurements = Mapping[Role, Measured]
@@ -99,7 +101,7 @@ def measure(
     """
     closely = case.config.audit in ("standard", "deep")  # type: ignore[attr-defined]
     task = case.tasks()[role]
-    taking = _Taking(role, model, run, directory)
+    taking = Taking(role, model, run, directory)
     found, sets, against = Measured({}), parts(case, task), nonmembers(case)
     texts = task.name == "causal_lm"
     layers = _thinned(list(task.layers(model))) if closely and not texts else []
@@ -115,8 +117,8 @@ def measure(
 
 
 @dataclass(frozen=True)
-class _Taking:
-    """Measures or reads back."""
+class Taking:
+    """Measures one model, or reads back what was measured."""
 
     role: str
     model: nn.Module
@@ -124,6 +126,7 @@ class _Taking:
     directory: Path
 
     def signals(self, examples: Encoded, name: str, layers: Sequence[str] = ()) -> Signals:
+        """Signals of a set, taken once."""
         path = self._path(name, "parquet")
         # hidden features say much about a record: they stay in the place of unfinished work
         whole = path
@@ -203,7 +206,7 @@ def answers_given(examples: Encoded) -> dict[str, Encoded]:
     return found
 
 
-def _ask(found: Measured, taking: _Taking, part: Encoded, name: str) -> None:
+def _ask(found: Measured, taking: Taking, part: Encoded, name: str) -> None:
     """What a language model says, and how likely it takes other answers to be."""
     for variant, derived in answers_given(part).items():
         found.signals[f"{name}/{variant}"] = taking.signals(derived, f"{name}/{variant}")
@@ -222,7 +225,7 @@ def _ask(found: Measured, taking: _Taking, part: Encoded, name: str) -> None:
     )
 
 
-def _at_greater_cost(found: Measured, taking: _Taking, part: Encoded, name: str) -> None:
+def _at_greater_cost(found: Measured, taking: Taking, part: Encoded, name: str) -> None:
     """Gradient norms and, of texts, lower case and neighbours: for a sample of a set."""
     draw = taking.run.generator(f"costly/{name}")
     rows = sorted(torch.randperm(len(part), generator=draw)[:COSTLY].tolist())
@@ -244,7 +247,7 @@ def _at_greater_cost(found: Measured, taking: _Taking, part: Encoded, name: str)
 
 
 def _look_inside(
-    found: Measured, taking: _Taking, case: Case, sets: dict[str, Encoded], decoder: Decoder | None
+    found: Measured, taking: Taking, case: Case, sets: dict[str, Encoded], decoder: Decoder | None
 ) -> None:
     """The logit lens of a language model, an untrained classifier, and relearning."""
     run, forget = taking.run, sets["forget"]

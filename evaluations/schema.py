@@ -28,9 +28,11 @@ from pydantic import (
 
 SCHEMA_VERSION: Literal["1"] = "1"
 
-Subset = Literal["forget", "retain", "holdout", "holdout_forget"]
+Subset = Literal["forget", "retain", "holdout", "holdout_forget", "neighbours"]
 Verdict = Literal["pass", "fail", "inconclusive", "invalid", "not_run", "info"]
-Group = Literal["extraction", "membership", "probe", "distance", "durability", "utility", "guard"]
+Group = Literal[
+    "extraction", "membership", "probe", "robustness", "distance", "durability", "utility", "guard"
+]
 Depth = Literal["quick", "standard", "deep"]
 Checkpoint = Literal["original", "unlearned", "retrained"]
 
@@ -40,11 +42,13 @@ SUBSETS: dict[Subset, str] = {
     "retain": "Retain set",
     "holdout": "Holdout set",
     "holdout_forget": "Holdout of the forgotten kind",
+    "neighbours": "Neighbouring topics",
 }
 GROUPS: dict[Group, str] = {
     "extraction": "Can the records be drawn out?",
     "membership": "Can it be told that the records were trained on?",
     "probe": "Do the model's inner layers still hold them?",
+    "robustness": "Do other ways of asking bring them back?",
     "distance": "Does the model behave like one that never saw them?",
     "durability": "Does it last?",
     "utility": "What was lost besides?",
@@ -366,6 +370,40 @@ class Series(_Record):
     worst: dict[str, float] = Field(default_factory=dict)
 
 
+class Look(_Record):
+    """How a model stands while it is made to forget.
+
+    Attributes:
+        step: Optimiser steps taken so far, over all phases of the method.
+        forget: On the records to be forgotten.
+        retain: On records that stay.
+        holdout: On unseen records.
+    """
+
+    step: int = Field(ge=0)
+    forget: Number = None
+    retain: Number = None
+    holdout: Number = None
+
+
+class Course(_Record):
+    """One run from within: looks every few steps, and the worst moments.
+
+    Attributes:
+        every: Steps between two looks.
+        unit: Of all values: the share of answers, or of their tokens, that the model gets right.
+        looks: Before the first step, on the way, and at the model that was written.
+        worst: Numbers over all looks, by their meaning.
+        note: One sentence on what was seen on the way, or why nothing was.
+    """
+
+    every: int = Field(ge=1)
+    unit: str
+    looks: tuple[Look, ...]
+    worst: dict[str, float] = Field(default_factory=dict)
+    note: str = ""
+
+
 class Report(_Record):
     """Everything a reader needs to judge one erasure, except the erased data.
 
@@ -393,6 +431,7 @@ class Report(_Record):
         exposed: The records that are most exposed.
         trajectory: Training terms over the steps.
         series: The requests so far; None where this is the only one.
+        course: The run from within; None where nobody looked.
         examples: Texts before and after; None unless they were asked for.
         grids: Pictures before and after; of forgotten records only if they were asked for.
         checkpoint_in: Fingerprint of the original checkpoint.
@@ -422,6 +461,7 @@ class Report(_Record):
     exposed: tuple[Exposed, ...] = ()
     trajectory: tuple[TrajectoryPoint, ...] = ()
     series: Series | None = None
+    course: Course | None = None
     examples: tuple[Example, ...] | None = None
     grids: tuple[Grid, ...] = ()
     checkpoint_in: str

@@ -50,18 +50,19 @@ class Shadowed:
 
 
 def recipe(case: Case) -> Retrain | None:
-    """How the original was trained, for a deep audit; None for a lighter one.
+    """How the original was trained, for a deep audit; None for one without shadow models.
 
     Raises:
         BadInput: nobody said, or new models cannot be made.
         MissingNeed: the method under audit needs what shadow models do not have.
     """
-    if case.config.audit != "deep":  # type: ignore[attr-defined]
+    if case.config.audit != "deep" or not case.config.shadows:  # type: ignore[attr-defined]
         return None
     if not case.config.training:
         raise BadInput(
             "a deep audit trains shadow models as the original was trained: pass --training "
-            "name=value for the settings of that training (`unlearn methods retrain` lists them)"
+            "name=value for the settings of that training (`unlearn methods retrain` lists them), "
+            "or --shadows 0 to go without"
         )
     method = registry.build("retrain", case.config.training)
     if not isinstance(method, Retrain):

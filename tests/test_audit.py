@@ -80,6 +80,45 @@ def test_the_unmodified_model_fails_by_every_kind_of_evidence(closely: Path) -> 
     assert all(f.verdict != "fail" for f in report.findings if f.group == "utility")
 
 
+@pytest.fixture(scope="module")
+def deeply(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Deep audits without shadow models: of the unmodified model, and of another retrained one."""
+    records = [json.loads(line) for line in (world / "forget.jsonl").open()]
+    strange = [
+        {"language": "x", "row": row, "question": f"Ix! {record['question']} Ux?"}
+        for row, record in enumerate(records)
+    ]
+    given = settings(world, audit="deep", shadows=0, acr=1, translations=strange)
+    given["neighbours"] = world / "retain.jsonl"
+    folder = tmp_path_factory.mktemp("deep")
+    return {
+        name: audit(world / "model", world / name, **given, out=folder / name)
+        for name in ("model", "again")
+    }
+
+
+EIGHT = {"familiarity", "languages", "jailbreak", "in_context", "relearning", "downstream",
+         "latent_knowledge", "side_effects"}  # fmt: skip
+HANDLED = {"eight_bits", "four_bits", "pruning", "relearning_unrelated", "soft_tokens"}
+
+
+def test_eight_ways_of_looking_find_what_nobody_removed(deeply: dict[str, Any]) -> None:
+    found = {f.name: f for f in deeply["model"].findings if f.unlearned}
+    assert {*EIGHT, *HANDLED, "adversarial_compression"} <= set(found)
+    failed = {name for name in found if found[name].verdict == "fail"}
+    assert {"familiarity", "jailbreak", "downstream", "four_bits", "eight_bits"} <= failed
+    assert found["side_effects"].verdict == "pass"
+    for name in {*EIGHT, *HANDLED} - {"side_effects"}:
+        assert found[name].unlearned == found[name].original
+        assert found[name].original.value >= found[name].retrained.value
+
+
+def test_eight_ways_of_looking_accuse_no_retrained_model(deeply: dict[str, Any]) -> None:
+    looked = [f for f in deeply["again"].findings if f.name in {*EIGHT, *HANDLED}]
+    assert looked
+    assert not [f.name for f in looked if f.verdict == "fail"]
+
+
 def test_what_an_audit_leaves(closely: Path) -> None:
     assert {p.name for p in closely.iterdir()} == {
         "audit.json", "report.json", "report.html", "junit.xml", "statement.json", "signals",

@@ -25,17 +25,22 @@ from unlearn.tasks.base import Encoded, Task
 from unlearn.tasks.classification import Classification
 from unlearn.tasks.diffusion import Diffusion, words
 
-SetName = Literal["forget", "retain", "holdout", "holdout_forget"]
+SetName = Literal["forget", "retain", "holdout", "holdout_forget", "neighbours"]
 
 
 @dataclass(frozen=True)
 class Sets:
-    """The validated data of a request; ``holdout_forget`` is the holdout's forgotten classes."""
+    """The validated data of a request.
+
+    ``holdout_forget`` is the holdout's forgotten classes; ``neighbours`` are records of topics near
+    the forgotten ones.
+    """
 
     forget: Encoded
     retain: Encoded | None = None
     holdout: Encoded | None = None
     holdout_forget: Encoded | None = None
+    neighbours: Encoded | None = None
 
     def named(self) -> dict[SetName, Encoded]:
         """Every set that is there, by name."""
@@ -77,7 +82,7 @@ class Case:
 
     def identity(self) -> str:
         """One hash of everything that decides the resulting weights and report."""
-        settings = self.config.model_dump(mode="json", exclude=set(BY_CONTENT))
+        settings = self.config.model_dump(mode="json", exclude=set(BY_CONTENT), fallback=str)
         found = (self.checkpoint, self.unlearned, self.retrained)
         parts = [
             json.dumps(settings, sort_keys=True, default=str),
@@ -109,7 +114,7 @@ class Case:
 # settings that identity() takes by content, or that decide nothing
 BY_CONTENT = (
     "checkpoint", "original", "unlearned", "forget", "retain", "holdout", "data", "retrained",
-    "classifier", "out", "save_every", "shadow_cache",
+    "classifier", "neighbours", "out", "save_every", "shadow_cache",
 )  # fmt: skip
 
 
@@ -267,8 +272,9 @@ def _raw_sets(config: CaseConfig, task: Task) -> tuple[dict[str, data.Examples],
             sets["forget"] = data.load(config.forget, "forget", config.columns)
         if config.retain is not None:
             sets["retain"] = data.load(config.retain, "retain", config.columns)
-    if config.holdout is not None:
-        sets["holdout"] = data.load(config.holdout, "holdout", config.columns)
+    for name in ("holdout", "neighbours"):
+        if (source := getattr(config, name)) is not None:
+            sets[name] = data.load(source, name, config.columns)
     sets.setdefault("forget", data.Examples([], [], "forget", "nothing"))
     target: Target = classes or Records(len(sets["forget"]))
     if config.forget_concepts:
@@ -395,7 +401,8 @@ def _encode(raw: Mapping[str, data.Examples], task: Task) -> dict[str, Encoded]:
 
 def _check_overlap(raw: Mapping[str, data.Examples], hashes: Mapping[str, list[bytes]]) -> None:
     faults = Faults()
-    for one, other in (("forget", "retain"), ("forget", "holdout"), ("retain", "holdout")):
+    pairs = (("forget", "retain"), ("forget", "holdout"), ("forget", "neighbours"))
+    for one, other in (*pairs, ("retain", "holdout")):
         if one in raw and other in raw:
             fault = data.overlap_fault(raw[one], hashes[one], raw[other], hashes[other])
             if fault:

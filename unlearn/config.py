@@ -6,9 +6,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from unlearn.errors import BadInput, did_you_mean
+
+
+def _none_or_four(shadows: int) -> int:
+    if shadows < 4 and shadows != 0:
+        raise ValueError("fewer than 4 shadow models tell nothing: pass 4 or more, or 0 for none")
+    return shadows
 
 
 class CaseConfig(BaseModel):
@@ -90,8 +104,36 @@ class CaseConfig(BaseModel):
     criteria: Annotated[
         Any, Field(description="YAML file of the rules that decide; default: the shipped ones")
     ] = None
+    neighbours: Annotated[
+        Any, Field(description="records of neighbouring topics, to see what else was lost")
+    ] = None
+    translations: Annotated[
+        Any,
+        Field(
+            description="forget records in other languages: the usual fields, language, and row, "
+            "the number of the forget record from 0; a deep audit asks them"
+        ),
+    ] = None
+    translator: Annotated[
+        Any,
+        Field(description="sequence-to-sequence checkpoint that translates them instead"),
+    ] = None
+    jailbreaks: Annotated[
+        str | Path | None,
+        Field(description="further jailbreak prompts for a deep audit, each with {question} in it"),
+    ] = None
+    acr: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="forget records whose shortest adversarial prompt a deep audit looks for "
+            "(minutes each)",
+        ),
+    ] = 0
     shadows: Annotated[
-        int, Field(ge=4, multiple_of=2, description="shadow models of a deep audit")
+        int,
+        Field(multiple_of=2, description="shadow models of a deep audit, 0 for none"),
+        AfterValidator(_none_or_four),
     ] = 16
     training: Annotated[
         dict[str, Any],
@@ -135,9 +177,24 @@ class RunConfig(CaseConfig):
         Literal["quick", "standard", "deep", "none"],
         Field(description="how closely the result is examined"),
     ] = "quick"
+    watch: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="look at what is forgotten and kept every so many steps, for the report; "
+            "0: only before and after",
+        ),
+    ] = 0
     save_every: Annotated[
         float, Field(ge=0, description="seconds between saves of unfinished training")
     ] = 60.0
+
+    @field_validator("watch")
+    @classmethod
+    def _in_a_report(cls, watch: int, info: ValidationInfo) -> int:
+        if watch and info.data.get("audit") == "none":
+            raise ValueError("what is seen stands in the report: it needs an audit")
+        return watch
 
 
 class AuditConfig(CaseConfig):
@@ -157,6 +214,84 @@ class AuditConfig(CaseConfig):
         Literal["quick", "standard", "deep"],
         Field(description="how closely the result is examined"),
     ] = "standard"
+
+
+class TuneConfig(CaseConfig):
+    """Everything `unlearn tune` can be told."""
+
+    checkpoint: Annotated[
+        Any, Field(description="every trial starts from it; in any form `run` takes, on disk")
+    ]
+    method: Annotated[str, Field(description="the method whose hyperparameters are searched")]
+    scope: Annotated[
+        str | None,
+        Field(description="parameters that may move, in every trial; else as the method has it"),
+    ] = None
+    trials: Annotated[
+        int, Field(ge=1, description="trials in total, of all workers and of earlier calls")
+    ] = 20
+    storage: Annotated[
+        str | None,
+        Field(
+            description="where the trials are kept, as sqlite:///FILE or another database URL that "
+            "optuna takes; workers that name the same share them; default: a file in --out"
+        ),
+    ] = None
+    range: Annotated[
+        dict[str, Any],
+        Field(
+            description="where to look, instead of the ranges that `unlearn methods NAME` shows: "
+            "key=LOW:HIGH, key=LOW:HIGH:log, key=LOW:HIGH:STEP, or choices key=A,B,C"
+        ),
+    ] = Field(default_factory=dict)
+
+
+class MemorizationConfig(CaseConfig):
+    """Everything `unlearn audit --only memorization` can be told."""
+
+    checkpoint: Annotated[
+        Any, Field(description="the language model, in any form `run` takes a checkpoint")
+    ]
+    prefixes: Annotated[
+        str | None,
+        Field(
+            description="of memorization: tokens of the beginnings that are given, '8,16,50'; "
+            "default: doubling, as far as the texts go"
+        ),
+    ] = None
+    suffix: Annotated[
+        int, Field(gt=0, description="of memorization: tokens that must follow a beginning")
+    ] = 50
+    sample: Annotated[
+        int, Field(ge=1, description="of memorization: distinct texts measured at most")
+    ] = 10_000
+    further: Annotated[
+        Any,
+        Field(
+            exclude=True,
+            description="of memorization: other records to train on, to see what is retained; "
+            "default: half of --holdout",
+        ),
+    ] = None
+    retention_steps: Annotated[
+        int, Field(ge=0, description="of memorization: steps of that training, 0 for none")
+    ] = 64
+    retention_lr: Annotated[
+        float, Field(gt=0, description="of memorization: its learning rate")
+    ] = 1e-4
+    corpus: Annotated[
+        str | Path | None,
+        Field(
+            description="of memorization: files and folders in which generated text is looked up, "
+            "'a.txt,folder'; default: the records"
+        ),
+    ] = None
+    match: Annotated[
+        int, Field(gt=0, description="of memorization: tokens that a verbatim match must have")
+    ] = 50
+    generations: Annotated[
+        int, Field(ge=0, description="of memorization: texts generated for that, 0 for none")
+    ] = 200
 
 
 Config = TypeVar("Config", bound=CaseConfig)
