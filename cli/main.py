@@ -12,10 +12,12 @@ from unlearn.errors import UnlearnError
 COMMANDS = {
     "run": "Make a checkpoint forget, and report what is left.",
     "audit": "Try to get forgotten data back, and say whether it is gone.",
+    "tune": "Search over a method's hyperparameters.",
     "methods": "List the methods, or show one with its needs and settings.",
     "attacks": "List the membership attacks.",
     "verify": "Check that no byte of a run directory has changed.",
     "report": "Render the report of a run again.",
+    "compare": "Lay the findings of several runs side by side.",
     "demo": "Build a tiny world, erase two people from it, and show the report.",
 }
 

@@ -28,10 +28,11 @@ def command(name: str | None, as_json: bool) -> None:
 
 
 def _described(name: str) -> dict[str, Any]:
-    from unlearn import registry
+    from unlearn import ranges, registry
 
     cls = registry.method_class(name)
     needs = cls().needs
+    looked = ranges.space(cls)
     return {
         "name": name,
         "summary": (inspect.getdoc(cls) or "").splitlines()[0],
@@ -43,7 +44,10 @@ def _described(name: str) -> dict[str, Any]:
             "at least one of": " or ".join(needs.either) or None,
             "tasks": ", ".join(needs.tasks),
         },
-        "hyperparameters": [vars(h) for h in registry.hyperparameters(cls)],
+        "hyperparameters": [
+            vars(h) | {"range": str(looked[h.name]) if h.name in looked else None}
+            for h in registry.hyperparameters(cls)
+        ],
         "recipes": recipes(name),
     }
 
@@ -85,6 +89,8 @@ def _show_one(one: dict[str, Any]) -> None:
     for h in one["hyperparameters"]:
         value, kind = escape(str(h["default"])), escape(h["type"])
         out.print(f"  [bold]{h['name']}[/] = {value}  [dim]{kind}[/]\n      {escape(h['meaning'])}")
+        if h["range"]:
+            out.print(f"      [dim]tune looks in {escape(h['range'])}[/]")
     if one["recipes"]:
         out.print("\n[bold]Recipes[/] (--config FILE)")
         for recipe in one["recipes"]:

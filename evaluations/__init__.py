@@ -9,9 +9,10 @@ if not __name__.startswith("unlearn."):
 
 if TYPE_CHECKING:
     from unlearn.evaluations.schema import AuditReport
+    from unlearn.evaluations.tuning import Tuned
     from unlearn.run import Progress
 
-__all__ = ["audit"]
+__all__ = ["audit", "tune"]
 
 
 def audit(
@@ -37,3 +38,25 @@ def audit(
 
     config = configure(AuditConfig, original=original, unlearned=unlearned, **settings)
     return examination.audit(config, progress)[0]
+
+
+def tune(checkpoint: Any, *, progress: Progress | None = None, **settings: Any) -> Tuned:
+    """Search over a method's hyperparameters, as ``unlearn tune`` does.
+
+    Args:
+        checkpoint: every trial starts from it: a directory, hub name or earlier run.
+        progress: told about every step.
+        **settings: the fields of :class:`unlearn.config.TuneConfig`: method, trials, storage, out,
+            range, and what :func:`unlearn.forget` takes.
+
+    Returns:
+        All finished trials; ``recipe`` holds the best as keyword arguments of
+        :func:`unlearn.forget`.
+
+    Raises:
+        unlearn.errors.UnlearnError: with a sentence on what is wrong and what to do.
+    """
+    from unlearn.config import TuneConfig, configure
+    from unlearn.evaluations import tuning
+
+    return tuning.search(configure(TuneConfig, checkpoint=checkpoint, **settings), progress)

@@ -64,7 +64,7 @@ GENTLE: dict[str, dict[str, Any]] = {  # settings under which a tiny model forge
     "sisa": {"shards": 2, "slices": 2, "epochs": 20, "lr": 1e-2},
 }  # fmt: skip
 # these never touch the forget set, so their promise is only that it is not learnt further
-PASSIVE = {"finetune", "cf_k", "refresh"}
+PASSIVE = {"memcontrol", "finetune", "cf_k", "refresh"}
 # their model has several members, each with the names, shapes and dtypes of the original
 MULTIPLIES = {"sisa"}
 # they know which records were learned, and refuse to forget the same ones twice

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from unlearn import distributed
 from unlearn.errors import BadInput, Collapsed, Unsupported
 from unlearn.interface import Request, Subject
+from unlearn.ranges import Range
 from unlearn.scope import SALIENCY, Moving, moving, share_of
 from unlearn.surgery import Rule, Surgery
 from unlearn.tasks.base import Batch, Encoded, Predictions, evaluating
@@ -56,6 +57,7 @@ class Training:
             gt=0,
             description="peak learning rate; papers use 1e-5 at 7B, small models need more",
         ),
+        Range(1e-6, 1e-2, log=True),
     ] = 1e-4
     epochs: Annotated[
         float,
@@ -64,6 +66,7 @@ class Training:
             description="passes over the forget set (finetune, refresh and retrain: over the "
             "retain set)",
         ),
+        Range(0.1, 20.0, log=True),
     ] = 6
     batch_size: Annotated[
         int, Field(ge=1, description="examples per step and term, of all processes together")

@@ -50,6 +50,7 @@ from torch import Tensor, nn
 from unlearn.analytic import Array, Ridge, Sketch
 from unlearn.errors import BadInput, MissingNeed, Unsupported
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
 from unlearn.weights import fingerprint_tensors
@@ -67,7 +68,9 @@ class ACU:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
 
     gamma: Annotated[
-        float, Field(gt=0, description="ridge penalty on all weights and the bias; may change")
+        float,
+        Field(gt=0, description="ridge penalty on all weights and the bias; may change"),
+        Range(1e-3, 10.0, log=True),
     ] = 0.1
 
     needs: ClassVar[Needs] = Needs(

@@ -35,6 +35,7 @@ from unlearn.errors import BadInput
 from unlearn.generation import LONGEST, Opening, sampled_answers, true_answers
 from unlearn.interface import Request, Subject
 from unlearn.preference import OtherAnswers, asked, preference, tells
+from unlearn.ranges import Range, RetainWeight
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded, evaluating
 from unlearn.training import Term
@@ -135,7 +136,9 @@ def _with_question(ask: str | None) -> str | None:
 class AltPO(OtherAnswers):
     """Prefer wrong answers, made up by the model itself, to the true ones."""
 
-    alternatives: Annotated[int, Field(ge=1, description="sampled answers per record")] = 5
+    alternatives: Annotated[
+        int, Field(ge=1, description="sampled answers per record"), Range(1, 8)
+    ] = 5
     temperature: Annotated[float, Field(gt=0, description="of the samples")] = 1.0
     max_new_tokens: Annotated[int, Field(ge=1, description="longest sample, in tokens")] = LONGEST
     ask: Annotated[
@@ -146,13 +149,22 @@ class AltPO(OtherAnswers):
             "{answer} for those of the record; none: the question itself"
         ),
     ] = None
-    beta: Annotated[float, Field(gt=0, description="inverse temperature: larger stops earlier")] = (
-        0.1
-    )
-    lr: Annotated[float, Field(gt=0, description="peak learning rate; the paper's, at 7B")] = 5e-5
+    beta: Annotated[
+        float,
+        Field(gt=0, description="inverse temperature: larger stops earlier"),
+        Range(0.01, 1.0, log=True),
+    ] = 0.1
+    lr: Annotated[
+        float,
+        Field(gt=0, description="peak learning rate; the paper's, at 7B"),
+        Range(1e-6, 3e-3, log=True),
+    ] = 5e-5
     epochs: Annotated[
-        float, Field(gt=0, description="passes over the forget set with all its alternatives")
+        float,
+        Field(gt=0, description="passes over the forget set with all its alternatives"),
+        Range(0.5, 10.0, log=True),
     ] = 2
+    retain_weight: RetainWeight = 1.0
 
     def check(self, request: Request) -> None:
         """Also: every question as it will be asked fits into the model.

@@ -24,6 +24,7 @@ from torch.utils.data import ConcatDataset
 
 from unlearn.data import Examples
 from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
 from unlearn.training import Term, Training, likelihood
@@ -34,7 +35,9 @@ class Amnesiac(Training):
     """Train on the retain set and the wrongly labelled forget set as if they were one."""
 
     epochs: Annotated[
-        float, Field(gt=0, description="passes over the forget and retain set together")
+        float,
+        Field(gt=0, description="passes over the forget and retain set together"),
+        Range(0.1, 10.0, log=True),
     ] = 3
 
     needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED, tasks=ALL_TASKS)

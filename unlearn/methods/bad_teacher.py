@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.reference import ReferenceLogits
 from unlearn.retention import kl_divergence
 from unlearn.run import Run
@@ -35,13 +36,18 @@ from unlearn.training import Term, Training
 class BadTeacher(Training):
     """Learn from a network that knows nothing on the forget set, from oneself elsewhere."""
 
-    temperature: Annotated[float, Field(gt=0, description="logits are divided by it")] = 1.0
+    temperature: Annotated[
+        float, Field(gt=0, description="logits are divided by it"), Range(0.5, 4.0, log=True)
+    ] = 1.0
     retain_share: Annotated[
-        float, Field(gt=0, le=1, description="share of the retain set that is used")
+        float,
+        Field(gt=0, le=1, description="share of the retain set that is used"),
+        Range(0.1, 1.0),
     ] = 0.3
     epochs: Annotated[
         float,
         Field(gt=0, description="passes over the larger of the forget set and the retain share"),
+        Range(0.1, 10.0, log=True),
     ] = 1
 
     needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED)

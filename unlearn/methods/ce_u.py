@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import WITH_LOGITS, Request, Subject
+from unlearn.ranges import Range, RetainWeight
 from unlearn.retention import OneSided
 from unlearn.run import Run
 from unlearn.tasks.base import IGNORED, Batch, Predictions
@@ -65,8 +66,11 @@ class CEU(OneSided):
         int, Field(ge=0, description="answer tokens left alone at the start, as in the paper")
     ] = 1
     lr: Annotated[
-        float, Field(gt=0, description="peak learning rate; the author uses 2e-6 to 1e-5 at 7B")
+        float,
+        Field(gt=0, description="peak learning rate; the author uses 2e-6 to 1e-5 at 7B"),
+        Range(1e-6, 1e-3, log=True),
     ] = 5e-5
+    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Nothing to prepare."""

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from unlearn.errors import BadInput
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import last_blocks
 from unlearn.training import Term, Training, descend, likelihood
@@ -29,9 +30,13 @@ from unlearn.training import Term, Training, descend, likelihood
 class CFk(Training):
     """Continue training the deepest layers on the retain set alone."""
 
-    k: Annotated[int, Field(ge=1, description="blocks that move, counted from the output")] = 1
+    k: Annotated[
+        int, Field(ge=1, description="blocks that move, counted from the output"), Range(1, 3)
+    ] = 1
     scope: Annotated[str, Field(description="must stay all: k decides what may move")] = "all"
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.01
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-4, 0.1, log=True)
+    ] = 0.01
     epochs: Annotated[float, Field(gt=0, description="passes over the retain set")] = 10
     optimizer: Annotated[
         Literal["adamw", "sgd"],

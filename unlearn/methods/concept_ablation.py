@@ -33,6 +33,7 @@ from unlearn.latents import (
     need_anchor,
     neighbours,
 )
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.training import Term
 
@@ -43,7 +44,9 @@ class ConceptAblation(Renoised):
 
     parameters: Moved = "x-strict"
     lr: Annotated[
-        float, Field(gt=0, description="learning rate; the authors use 1.6e-5 at batch size 8")
+        float,
+        Field(gt=0, description="learning rate; the authors use 1.6e-5 at batch size 8"),
+        Range(1e-5, 3e-2, log=True),
     ] = 2e-3
 
     needs = Needs(

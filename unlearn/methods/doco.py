@@ -47,6 +47,7 @@ from unlearn.latents import (
     neighbours,
 )
 from unlearn.noising import to_x0
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import Moving
 from unlearn.surgery import Rule, Surgery
@@ -97,11 +98,17 @@ class DoCo(Renoised):
 
     parameters: Moved = "x-strict"
     lr: Annotated[
-        float, Field(gt=0, description="learning rate; the authors use 4.8e-5 at batch size 8")
+        float,
+        Field(gt=0, description="learning rate; the authors use 4.8e-5 at batch size 8"),
+        Range(1e-5, 1e-2, log=True),
     ] = 1e-3
-    epochs: Annotated[float, Field(gt=0, description="passes over the noisy pictures")] = 4
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the noisy pictures"), Range(1.0, 10.0, log=True)
+    ] = 4
     discriminator_lr: Annotated[
-        float, Field(gt=0, description="of the discriminator; the authors use 1e-4 or 5e-4")
+        float,
+        Field(gt=0, description="of the discriminator; the authors use 1e-4 or 5e-4"),
+        Range(1e-4, 1e-2, log=True),
     ] = 1e-3
     warmup_steps: Annotated[
         int, Field(ge=0, description="of the discriminator alone; the authors take 1000")

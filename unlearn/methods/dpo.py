@@ -21,6 +21,7 @@ from pydantic import Field
 from unlearn.interface import Request, Subject
 from unlearn.preference import Ignorance, given_answers, preference
 from unlearn.preference import dpo_loss as dpo_loss
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.training import Term
 
@@ -29,9 +30,11 @@ from unlearn.training import Term
 class DPO(Ignorance):
     """Prefer "I don't know", or another given answer, to the true one."""
 
-    beta: Annotated[float, Field(gt=0, description="inverse temperature: larger stops earlier")] = (
-        0.1
-    )
+    beta: Annotated[
+        float,
+        Field(gt=0, description="inverse temperature: larger stops earlier"),
+        Range(0.01, 1.0, log=True),
+    ] = 0.1
     field: Annotated[
         str | None,
         Field(
@@ -40,7 +43,9 @@ class DPO(Ignorance):
         ),
     ] = None
     retain_weight: Annotated[
-        float, Field(ge=0, description="weight of the retain term; the paper uses 1")
+        float,
+        Field(ge=0, description="weight of the retain term; the paper uses 1"),
+        Range(0.5, 30.0, log=True),
     ] = 4.0
 
     def check(self, request: Request) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from unlearn.interface import Need, Needs, Request, Subject
 from unlearn.noising import to_eps
 from unlearn.pipeline import Pipeline
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Batch
 from unlearn.training import Term, Training, descend
@@ -80,14 +81,22 @@ class EraseDiff(Training):
         Weighting, Field(description="how lambda is chosen: barrier, cosine or constant")
     ] = "barrier"
     eta: Annotated[
-        float, Field(gt=0, description="barrier and cosine: how firmly; constant: lambda itself")
+        float,
+        Field(gt=0, description="barrier and cosine: how firmly; constant: lambda itself"),
+        Range(0.1, 10.0, log=True),
     ] = 1.0
     inner_steps: Annotated[int, Field(ge=1, description="K, with barrier")] = 2
     inner_lr: Annotated[
-        float, Field(gt=0, description="learning rate of the K gradient steps, with barrier")
+        float,
+        Field(gt=0, description="learning rate of the K gradient steps, with barrier"),
+        Range(0.01, 1.0, log=True),
     ] = 0.1
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 1e-4
-    epochs: Annotated[float, Field(gt=0, description="passes over the forget set")] = 4
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-5, 1e-2, log=True)
+    ] = 1e-4
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the forget set"), Range(1.0, 20.0, log=True)
+    ] = 4
 
     needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED, tasks=("diffusion",))
 

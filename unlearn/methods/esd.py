@@ -34,6 +34,7 @@ from unlearn.errors import BadInput
 from unlearn.interface import Concepts, Need, Needs, Request, Subject
 from unlearn.latents import Renoised, beneath, conditions, matched, named, neighbours
 from unlearn.pipeline import Pipeline
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.training import Term
 
@@ -57,13 +58,17 @@ def esd_target(source: Tensor, concept: Tensor, null: Tensor, eta: float) -> Ten
 class ESD(Renoised):
     """Turn what a model says about a concept into its own negative guidance."""
 
-    eta: Annotated[float, Field(gt=0, description="strength; the authors use 1 to 3")] = 2.0
+    eta: Annotated[
+        float, Field(gt=0, description="strength; the authors use 1 to 3"), Range(0.5, 5.0)
+    ] = 2.0
     erase_from: Annotated[
         str | None,
         Field(description="prompt that loses the concept and keeps the rest; none: the concept's"),
     ] = None
     lr: Annotated[
-        float, Field(gt=0, description="learning rate; 1e-5 to 5e-5 for Stable Diffusion")
+        float,
+        Field(gt=0, description="learning rate; 1e-5 to 5e-5 for Stable Diffusion"),
+        Range(1e-5, 1e-2, log=True),
     ] = 5e-4
 
     needs = Needs(

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from unlearn.errors import BadInput
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import last_blocks
 from unlearn.training import Term, Training, descend, likelihood
@@ -30,10 +31,16 @@ from unlearn.training import Term, Training, descend, likelihood
 class EUk(Training):
     """Train the deepest layers again, without the forgotten data."""
 
-    k: Annotated[int, Field(ge=1, description="blocks drawn anew, counted from the output")] = 1
+    k: Annotated[
+        int, Field(ge=1, description="blocks drawn anew, counted from the output"), Range(1, 3)
+    ] = 1
     scope: Annotated[str, Field(description="must stay all: k decides what may move")] = "all"
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 1e-3
-    epochs: Annotated[float, Field(gt=0, description="passes over the retain set")] = 20
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-4, 1e-2, log=True)
+    ] = 1e-3
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the retain set"), Range(0.1, 40.0, log=True)
+    ] = 20
 
     needs: ClassVar[Needs] = Needs(forget=Need.NO, retain=Need.REQUIRED)
 

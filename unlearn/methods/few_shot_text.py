@@ -40,6 +40,7 @@ from unlearn.errors import Unsupported
 from unlearn.interface import Concepts, Need, Needs, Request, Subject
 from unlearn.noising import target
 from unlearn.pipeline import Pipeline
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Encoded
 from unlearn.tasks.diffusion import Diffusion
@@ -82,15 +83,23 @@ class FewShotText:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
 
     lr: Annotated[
-        float, Field(gt=0, description="learning rate; 1e-5 at CLIP's size, small models need more")
+        float,
+        Field(gt=0, description="learning rate; 1e-5 at CLIP's size, small models need more"),
+        Range(1e-6, 1e-2, log=True),
     ] = 1e-5
-    epochs: Annotated[float, Field(gt=0, description="passes over the pictures")] = 5
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the pictures"), Range(1.0, 60.0, log=True)
+    ] = 5
     batch_size: Annotated[int, Field(ge=1, description="pictures per step")] = 2
     stop_ratio: Annotated[
-        float, Field(gt=1, description="growth of its loss at which a picture stops pulling")
+        float,
+        Field(gt=1, description="growth of its loss at which a picture stops pulling"),
+        Range(1.2, 5.0, log=True),
     ] = 2.0
     keep_weight: Annotated[
-        float, Field(ge=0, description="weight of the text states of prompts to keep")
+        float,
+        Field(ge=0, description="weight of the text states of prompts to keep"),
+        Range(0.1, 10.0, log=True),
     ] = 1.0
     templates: Annotated[
         str,

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from unlearn.importance import squared_gradients
 from unlearn.interface import Classes, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Encoded
 
@@ -65,7 +66,9 @@ class FisherForgetting:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
 
-    alpha: Annotated[float, Field(gt=0, description="scale of the noise's variance")] = 1e-6
+    alpha: Annotated[
+        float, Field(gt=0, description="scale of the noise's variance"), Range(1e-9, 1e-4, log=True)
+    ] = 1e-6
     samples: Annotated[
         int | None,
         Field(

@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from unlearn.interface import Request, Subject
+from unlearn.ranges import Range, RetainWeight
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.training import Term, ascent
@@ -24,9 +25,16 @@ from unlearn.training import Term, ascent
 class GradDiff(TwoSided):
     """Climb on the forget set, descend on the retain set."""
 
-    forget_weight: Annotated[float, Field(gt=0, description="weight of the forget term")] = 1.0
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 5e-5
-    epochs: Annotated[float, Field(gt=0, description="passes over the forget set")] = 5
+    forget_weight: Annotated[
+        float, Field(gt=0, description="weight of the forget term"), Range(0.1, 10.0, log=True)
+    ] = 1.0
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-6, 3e-3, log=True)
+    ] = 5e-5
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the forget set"), Range(0.1, 20.0, log=True)
+    ] = 5
+    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Ascend and descend together."""

@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.training import Term, Training, ascent
 
@@ -23,8 +24,12 @@ from unlearn.training import Term, Training, ascent
 class GradientAscent(Training):
     """Climb the loss of the forget set; no retain set."""
 
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 1e-5
-    epochs: Annotated[float, Field(gt=0, description="passes over the forget set")] = 3
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-7, 1e-3, log=True)
+    ] = 1e-5
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the forget set"), Range(0.1, 10.0, log=True)
+    ] = 3
 
     needs: ClassVar[Needs] = Needs(retain=Need.NO, tasks=ALL_TASKS)
 

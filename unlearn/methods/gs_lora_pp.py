@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from unlearn.distributed import spread
 from unlearn.group_sparsity import Groups, GroupSparse, bounded
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.retention import kl_divergence
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Encoded, Predictions, Task, evaluating
@@ -105,11 +106,14 @@ class GSLoRAPP(GroupSparse):
     needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED, tasks=("classification",))
 
     prototype_weight: Annotated[
-        float, Field(ge=0, description="w_f, of the forget records' way from their prototypes")
+        float,
+        Field(ge=0, description="w_f, of the forget records' way from their prototypes"),
+        Range(1e-3, 1.0, log=True),
     ] = 0.01
     prototype_bound: Annotated[
         float,
         Field(gt=0, description="divergence in nats up to which they are led away; authors: 18"),
+        Range(2.0, 50.0, log=True),
     ] = 18.0
     prototype_retain_weight: Annotated[
         float, Field(ge=0, description="w_r, of the retain records' distance; the authors' is 0")

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from unlearn.errors import Collapsed
 from unlearn.gradients import mean_gradient
 from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import in_scope
 
@@ -66,6 +67,7 @@ class IAU:
     lr: Annotated[
         float,
         Field(gt=0, description="length of a step, in gradients or (sign) per weight"),
+        Range(1e-3, 10.0, log=True),
     ] = 0.1
     step: Annotated[
         Literal["gradient", "sign"],
@@ -75,7 +77,9 @@ class IAU:
         int, Field(ge=1, description="steps, each with gradients of its own; the paper takes one")
     ] = 1
     correction: Annotated[
-        float, Field(ge=0, description="weight of the retain gradient; 0: no retain set is used")
+        float,
+        Field(ge=0, description="weight of the retain gradient; 0: no retain set is used"),
+        Range(0.1, 4.0, log=True),
     ] = 1.0
     batch_size: Annotated[
         int, Field(ge=1, description="examples per pass; does not change the result")

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from unlearn.errors import BadInput, Collapsed
 from unlearn.gradients import Curvature, curvature_product, mean_gradient
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import in_scope
 from unlearn.tasks.base import Encoded
@@ -114,10 +115,14 @@ class Influence:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
 
     scale: Annotated[
-        float, Field(gt=0, description="of the step; 1: the influence of the forget set, as it is")
+        float,
+        Field(gt=0, description="of the step; 1: the influence of the forget set, as it is"),
+        Range(0.1, 10.0, log=True),
     ] = 1.0
     damping: Annotated[
-        float, Field(ge=0, description="added to the curvature; smaller: longer steps")
+        float,
+        Field(ge=0, description="added to the curvature; smaller: longer steps"),
+        Range(1e-3, 10.0, log=True),
     ] = 0.1
     curvature: Annotated[
         Curvature,

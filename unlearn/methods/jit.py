@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Encoded
 from unlearn.tasks.classification import continuous
@@ -58,10 +59,14 @@ class JiT(Training):
     """Pull every forget example to what the model says around it, without any other data."""
 
     sigma: Annotated[
-        float, Field(gt=0, description="standard deviation of the noise, in units of the input")
+        float,
+        Field(gt=0, description="standard deviation of the noise, in units of the input"),
+        Range(0.05, 2.0, log=True),
     ] = 0.5
     draws: Annotated[int, Field(ge=1, description="perturbed inputs per example and step")] = 25
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 1e-2
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-4, 0.1, log=True)
+    ] = 1e-2
     epochs: Annotated[float, Field(gt=0, description="passes over the forget set")] = 1
     optimizer: Annotated[
         Literal["adamw", "sgd"],

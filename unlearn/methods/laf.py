@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from unlearn.errors import BadInput, Collapsed, Unsupported
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import SALIENCY, Moving
 from unlearn.tasks.base import IGNORED, Batch, Encoded, evaluating
@@ -134,13 +135,22 @@ def alignment_loss(retain: Tensor, forget: Tensor, temperature: float) -> Tensor
 class LAF(Training):
     """Lead forgotten representations astray without labels, hold the others where they were."""
 
-    lr: Annotated[float, Field(gt=0, description="learning rate of the extraction steps")] = 5e-5
-    align_lr: Annotated[float, Field(gt=0, description="of the alignment steps")] = 1e-4
-    epochs: Annotated[float, Field(gt=0, description="passes over the forget set")] = 20
+    lr: Annotated[
+        float,
+        Field(gt=0, description="learning rate of the extraction steps"),
+        Range(1e-6, 1e-3, log=True),
+    ] = 5e-5
+    align_lr: Annotated[
+        float, Field(gt=0, description="of the alignment steps"), Range(1e-6, 1e-2, log=True)
+    ] = 1e-4
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the forget set"), Range(0.5, 40.0, log=True)
+    ] = 20
     weight_decay: Annotated[float, Field(ge=0, description="of both optimisers")] = 0.0
     temperature: Annotated[
         float,
         Field(gt=0, description="of the forget distances; the paper uses 5 or 20"),
+        Range(1.0, 50.0, log=True),
     ] = 20.0
     latent: Annotated[
         int, Field(ge=1, description="code of the autoencoders; the paper uses 8 or 16")

@@ -19,6 +19,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.training import Term, Training, ascent, likelihood
 
@@ -35,8 +36,11 @@ class NegGradPlus(Training):
             description="weight of the retain set; the forget set's is 1 - alpha. The authors use "
             "0.95 for hundreds of training examples, 0.9999 for tens of thousands",
         ),
+        Range(0.5, 0.9999),
     ] = 0.95
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.01
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-5, 0.1, log=True)
+    ] = 0.01
     epochs: Annotated[
         float, Field(gt=0, description="passes over the retain set; the authors use 5 to 10")
     ] = 5

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import Request, Subject
+from unlearn.ranges import Range
 from unlearn.reference import reference_nll
 from unlearn.retention import TwoSided
 from unlearn.run import Run
@@ -51,11 +52,15 @@ def npo_loss(nll: Tensor, nll_ref: Tensor, beta: float) -> Tensor:
 class NPO(TwoSided):
     """Push the forget set's likelihood below the starting model's, with a bounded loss."""
 
-    beta: Annotated[float, Field(gt=0, description="inverse temperature: larger stops earlier")] = (
-        0.1
-    )
+    beta: Annotated[
+        float,
+        Field(gt=0, description="inverse temperature: larger stops earlier"),
+        Range(0.01, 10.0, log=True),
+    ] = 0.1
     retain_weight: Annotated[
-        float, Field(ge=0, description="weight of the retain term; the paper uses 1")
+        float,
+        Field(ge=0, description="weight of the retain term; the paper uses 1"),
+        Range(0.5, 30.0, log=True),
     ] = 4.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:

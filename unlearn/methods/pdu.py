@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Predictions
 from unlearn.training import Numbers, Term, Training, descend, likelihood
@@ -65,10 +66,12 @@ class PDU(Training):
             ge=0,
             description="first price of the retain loss; the paper uses 100 (TOFU), 50 (MUSE)",
         ),
+        Range(1.0, 200.0, log=True),
     ] = 100.0
     eta: Annotated[
         float,
         Field(gt=0, description="step of the price; the paper uses 5 (TOFU), 1 (MUSE)"),
+        Range(0.5, 20.0, log=True),
     ] = 5.0
     eps: Annotated[
         float,
@@ -77,6 +80,7 @@ class PDU(Training):
             description="largest retain loss allowed, in nats per unit: above the starting "
             "model's, or nothing is forgotten; the paper uses 0.3 (TOFU), 0.1 and 1.5 (MUSE)",
         ),
+        Range(0.01, 2.0, log=True),
     ] = 0.3
     dual_warmup: Annotated[
         float,
@@ -84,6 +88,7 @@ class PDU(Training):
             ge=0,
             description="epochs before the price moves; the paper uses 5 of 10 (TOFU), 3 (MUSE)",
         ),
+        Range(0.0, 5.0),
     ] = 5
     epochs: Annotated[float, Field(gt=0, description="passes over the forget set")] = 10
 

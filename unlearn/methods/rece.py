@@ -38,6 +38,7 @@ from unlearn.cross_attention import (
 )
 from unlearn.interface import Request, Subject
 from unlearn.pipeline import Pipeline
+from unlearn.ranges import Range
 from unlearn.run import Run
 
 
@@ -72,6 +73,7 @@ class RECE(ClosedForm):
     epochs: Annotated[
         int,
         Field(ge=1, description="how often reviving states are found and erased; 1 to 3 usually"),
+        Range(1, 5),
     ] = 2
     revive_lamb: Annotated[
         float,
@@ -79,6 +81,7 @@ class RECE(ClosedForm):
             gt=0,
             description="weight of short reviving states: 0.1 is gentle, 1e-3 reaches further",
         ),
+        Range(1e-3, 1.0, log=True),
     ] = 0.1
 
     def unlearn(self, subject: Subject, request: Request, run: Run) -> Subject:

@@ -32,6 +32,7 @@ from torch import Tensor
 from unlearn.errors import BadInput
 from unlearn.importance import squared_gradients
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import Moving, moving
 from unlearn.tasks.base import Batch, Encoded
@@ -66,14 +67,21 @@ class Refresh(Training):
     unlearning_steps: Annotated[
         int, Field(ge=0, description="unlearning steps per step; the authors' code takes 1")
     ] = 1
-    unlearning_rate: Annotated[float, Field(gt=0, description="gamma")] = 0.01
-    damping: Annotated[float, Field(gt=0, description="added to the Fisher information")] = 1.0
+    unlearning_rate: Annotated[
+        float, Field(gt=0, description="gamma"), Range(1e-3, 1.0, log=True)
+    ] = 0.01
+    damping: Annotated[
+        float,
+        Field(gt=0, description="added to the Fisher information"),
+        Range(0.1, 10.0, log=True),
+    ] = 1.0
     noise: Annotated[
         float,
         Field(
             ge=0,
             description="factor on the noise: 1 is the paper's equation, too much for small models",
         ),
+        Range(1e-4, 1.0, log=True),
     ] = 0.001
 
     needs: ClassVar[Needs] = Needs(forget=Need.NO, retain=Need.REQUIRED)

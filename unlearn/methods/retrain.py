@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Encoded
 from unlearn.training import Term, Training, descend, likelihood
@@ -55,8 +56,12 @@ class Retrain(Training):
     init: Annotated[
         str | None, Field(description="checkpoint to start from; none: new random weights")
     ] = None
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 1e-3
-    epochs: Annotated[float, Field(gt=0, description="passes over the retain set")] = 20
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-4, 0.1, log=True)
+    ] = 1e-3
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the retain set"), Range(5.0, 60.0, log=True)
+    ] = 20
     gradient_restriction: Annotated[
         float,
         Field(

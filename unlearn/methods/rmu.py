@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import IGNORED, Batch, Encoded, Task, evaluating
 from unlearn.tasks.causal_lm import states_at
@@ -141,13 +142,16 @@ class RMU(Training):
     strength: Annotated[
         float,
         Field(gt=0, description="length of the control vector, in median norms of hidden states"),
+        Range(0.5, 10.0, log=True),
     ] = 2.0
     coefficient: Annotated[
         float | None,
         Field(gt=0, description="that length itself (c; the paper uses 6.5), instead of strength"),
     ] = None
     retain_weight: Annotated[
-        float, Field(ge=0, description="weight of the retain term; the paper uses 1200")
+        float,
+        Field(ge=0, description="weight of the retain term; the paper uses 1200"),
+        Range(1.0, 1200.0, log=True),
     ] = 10.0
     positions: Annotated[
         Literal["answer", "all"],

@@ -27,6 +27,7 @@ import torch
 from pydantic import Field
 
 from unlearn.interface import Request, Subject
+from unlearn.ranges import Choice, Range, RetainWeight
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.tasks.base import Encoding
@@ -46,14 +47,18 @@ class SalUn(TwoSided):
             description="parameters that may move: saliency:SHARE as in the paper, or all, head, "
             "lora, lora:PATTERN, or patterns"
         ),
+        Choice(("saliency:0.1", "saliency:0.3", "saliency:0.5", "saliency:0.7", "all")),
     ] = "saliency:0.5"
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.01
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-5, 0.1, log=True)
+    ] = 0.01
     epochs: Annotated[float, Field(gt=0, description="passes over the forget set")] = 10
     optimizer: Annotated[
         Literal["adamw", "sgd"],
         Field(description="adamw (betas 0.9, 0.999) or sgd with Nesterov momentum 0.9"),
     ] = "sgd"
     weight_decay: Annotated[float, Field(ge=0, description="decoupled (adamw) or L2 (sgd)")] = 5e-4
+    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Draw the labels, to train on them; the loop takes the mask from the true ones."""

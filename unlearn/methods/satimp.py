@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import WITH_LOGITS, Request, Subject
+from unlearn.ranges import Range
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Predictions
@@ -48,14 +49,22 @@ class SatImp(TwoSided):
     tasks: ClassVar[tuple[str, ...]] = WITH_LOGITS
 
     beta1: Annotated[
-        float, Field(ge=0, description="power of the probability: larger stops earlier")
+        float,
+        Field(ge=0, description="power of the probability: larger stops earlier"),
+        Range(0.5, 10.0, log=True),
     ] = 5.0
     beta2: Annotated[
-        float, Field(ge=0, description="power of its complement: larger spares certain tokens")
+        float,
+        Field(ge=0, description="power of its complement: larger spares certain tokens"),
+        Range(0.1, 5.0, log=True),
     ] = 1.0
-    forget_weight: Annotated[float, Field(gt=0, description="weight of the forget term")] = 1.0
+    forget_weight: Annotated[
+        float, Field(gt=0, description="weight of the forget term"), Range(0.1, 10.0, log=True)
+    ] = 1.0
     retain_weight: Annotated[
-        float, Field(ge=0, description="weight of the retain term; the authors use 0.1")
+        float,
+        Field(ge=0, description="weight of the retain term; the authors use 0.1"),
+        Range(0.01, 30.0, log=True),
     ] = 0.1
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:

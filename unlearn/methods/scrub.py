@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from unlearn.distributed import spread
 from unlearn.errors import BadInput
 from unlearn.interface import Classes, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.reference import ReferenceLogits
 from unlearn.retention import kl_divergence
 from unlearn.run import Run
@@ -99,12 +100,16 @@ class SCRUB(Training):
     alpha: Annotated[
         float,
         Field(ge=0, description="weight of the divergence on the retain set; the authors use "
-              "0.001 at full size and 0.5 on few examples"),
+              "0.001 at full size and 0.5 on few examples"), Range(1e-4, 1.0, log=True),
     ] = 0.001  # fmt: skip
-    gamma: Annotated[float, Field(ge=0, description="weight of the NLL on the retain set")] = 0.99
+    gamma: Annotated[
+        float, Field(ge=0, description="weight of the NLL on the retain set"), Range(0.1, 2.0)
+    ] = 0.99
     temperature: Annotated[float, Field(gt=0, description="logits are divided by it")] = 4.0
     msteps: Annotated[
-        int, Field(ge=0, description="epochs that begin with a pass over the forget set")
+        int,
+        Field(ge=0, description="epochs that begin with a pass over the forget set"),
+        Range(1, 10),
     ] = 2
     rewind: Annotated[
         bool,
@@ -114,8 +119,10 @@ class SCRUB(Training):
     rewind_holdout: Annotated[
         float, Field(gt=0, lt=1, description="share of the retain set not trained on, with rewind")
     ] = 0.1
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 5e-4
-    epochs: Annotated[int, Field(ge=1, description="passes over the retain set")] = 3
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-5, 1e-2, log=True)
+    ] = 5e-4
+    epochs: Annotated[int, Field(ge=1, description="passes over the retain set"), Range(1, 10)] = 3
     optimizer: Annotated[
         Literal["adamw", "sgd"],
         Field(description="adamw (betas 0.9, 0.999) or sgd with Nesterov momentum 0.9"),

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from unlearn.data import Examples
 from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Classes, Concepts, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import is_lora
 from unlearn.tasks.base import Batch, Encoded, evaluating
@@ -57,9 +58,13 @@ def elastic(
 class SelectiveAmnesia(Training):
     """Denoise what must go to noise, replay the rest, and hold the weights that mattered."""
 
-    replay_weight: Annotated[float, Field(ge=0, description="weight of the replay (gamma)")] = 1.0
+    replay_weight: Annotated[
+        float, Field(ge=0, description="weight of the replay (gamma)"), Range(0.1, 10.0, log=True)
+    ] = 1.0
     stiffness: Annotated[
-        float, Field(ge=0, description="weight of the elastic term (lambda), on means over pixels")
+        float,
+        Field(ge=0, description="weight of the elastic term (lambda), on means over pixels"),
+        Range(10.0, 1e5, log=True),
     ] = 1000.0
     images: Annotated[
         int, Field(ge=1, description="pictures drawn per class or prompt, for replay and Fisher")
@@ -69,8 +74,12 @@ class SelectiveAmnesia(Training):
     ] = 32
     sampling_steps: Annotated[int, Field(ge=1, description="network calls per drawn picture")] = 20
     guidance: Annotated[float, Field(ge=1, description="guidance of the drawn pictures")] = 2.0
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 1e-4
-    epochs: Annotated[float, Field(gt=0, description="passes over the replay")] = 20
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-5, 3e-3, log=True)
+    ] = 1e-4
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the replay"), Range(2.0, 40.0, log=True)
+    ] = 20
 
     needs: ClassVar[Needs] = Needs(
         forget=Need.NO, retain=Need.OPTIONAL, tasks=("diffusion",), targets=("classes", "concepts")

@@ -42,6 +42,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn.errors import BadInput, Unsupported, did_you_mean
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Choice, Range
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
 
@@ -60,11 +61,16 @@ class SelectivePruning:
     importance: Annotated[
         Importance,
         Field(description="of a unit to a set: how often it is positive, or its size, or spread"),
+        Choice(("freq", "abs", "rms", "std")),
     ] = "abs"
     share: Annotated[
-        float, Field(gt=0, le=1, description="of all units of a kind, pruned per round")
+        float,
+        Field(gt=0, le=1, description="of all units of a kind, pruned per round"),
+        Range(0.005, 0.3, log=True),
     ] = 0.02
-    rounds: Annotated[int, Field(ge=1, description="how often to measure and prune")] = 1
+    rounds: Annotated[
+        int, Field(ge=1, description="how often to measure and prune"), Range(1, 5)
+    ] = 1
     kinds: Annotated[
         Literal["neurons", "heads", "both"],
         Field(description="neurons (and channels of convolutions), attention heads, or both"),

@@ -44,6 +44,7 @@ from unlearn.errors import BadInput, Collapsed, Unsupported
 from unlearn.interface import Classes, Concepts, Need, Needs, Request, Subject, Target
 from unlearn.noising import time_of
 from unlearn.pipeline import Pipeline
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import evaluating
 from unlearn.training import collapse
@@ -152,19 +153,31 @@ class SFD:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
 
-    steps: Annotated[int, Field(ge=1, description="steps of each of the two networks")] = 200
-    lr: Annotated[float, Field(gt=0, description="learning rate of the generator")] = 5e-4
-    fake_lr: Annotated[float, Field(gt=0, description="learning rate of the fake score")] = 1e-3
+    steps: Annotated[
+        int, Field(ge=1, description="steps of each of the two networks"), Range(50, 800, log=True)
+    ] = 200
+    lr: Annotated[
+        float,
+        Field(gt=0, description="learning rate of the generator"),
+        Range(5e-5, 5e-3, log=True),
+    ] = 5e-4
+    fake_lr: Annotated[
+        float,
+        Field(gt=0, description="learning rate of the fake score"),
+        Range(1e-4, 1e-2, log=True),
+    ] = 1e-3
     batch_size: Annotated[int, Field(ge=1, description="retained rows per step")] = 32
     forget_rows: Annotated[int, Field(ge=1, description="forgotten rows per step")] = 8
     micro_batch_size: Annotated[
         int, Field(ge=1, description="rows per forward pass: costs memory, does not change the sum")
     ] = 64
     forget_weight: Annotated[
-        float, Field(gt=0, description="weight of the forgotten rows, in both networks' losses")
+        float,
+        Field(gt=0, description="weight of the forgotten rows, in both networks' losses"),
+        Range(0.01, 3.0, log=True),
     ] = 0.1
     alpha: Annotated[
-        float, Field(ge=0, description="of the generator's loss; papers: 1 to 1.2")
+        float, Field(ge=0, description="of the generator's loss; papers: 1 to 1.2"), Range(0.8, 1.5)
     ] = 1.2
     guidance: Annotated[
         float, Field(ge=1, description="weight of the condition in the teacher; 1: none")

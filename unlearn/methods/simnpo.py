@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import Request, Subject
+from unlearn.ranges import Range, RetainWeight
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Predictions
@@ -43,9 +44,14 @@ def simnpo_loss(nll: Tensor, units: Tensor, beta: float, delta: float = 0.0) -> 
 class SimNPO(TwoSided):
     """Push the forget set's likelihood per token down, without a reference model."""
 
-    beta: Annotated[float, Field(gt=0, description="inverse temperature")] = 4.5
-    delta: Annotated[float, Field(description="margin in nats per token")] = 0.0
-    forget_weight: Annotated[float, Field(gt=0, description="weight of the forget term")] = 0.125
+    beta: Annotated[
+        float, Field(gt=0, description="inverse temperature"), Range(0.5, 10.0, log=True)
+    ] = 4.5
+    delta: Annotated[float, Field(description="margin in nats per token"), Range(0.0, 10.0)] = 0.0
+    forget_weight: Annotated[
+        float, Field(gt=0, description="weight of the forget term"), Range(0.02, 2.0, log=True)
+    ] = 0.125
+    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Nothing to prepare."""

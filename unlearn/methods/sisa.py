@@ -40,6 +40,7 @@ from unlearn import data, distributed
 from unlearn.ensemble import Ensemble, shapes, single
 from unlearn.errors import BadInput, UnlearnError, Unsupported
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded, evaluating
 from unlearn.training import Term, Training, descend, likelihood
@@ -81,7 +82,7 @@ class SISA(Training):
     """Train a network per shard of the data, and again only those that saw what must go."""
 
     shards: Annotated[
-        int, Field(ge=1, description="S: networks, each with its part of the data")
+        int, Field(ge=1, description="S: networks, each with its part of the data"), Range(2, 10)
     ] = 5
     slices: Annotated[
         int, Field(ge=1, description="R: steps in which a shard grows, each of them kept")
@@ -97,9 +98,15 @@ class SISA(Training):
     init: Annotated[
         str | None, Field(description="checkpoint every network starts from; none: random weights")
     ] = None
-    lr: Annotated[float, Field(gt=0, description="peak learning rate, in every slice")] = 1e-3
+    lr: Annotated[
+        float,
+        Field(gt=0, description="peak learning rate, in every slice"),
+        Range(1e-4, 0.1, log=True),
+    ] = 1e-3
     epochs: Annotated[
-        float, Field(gt=0, description="passes over a shard, all its slices together")
+        float,
+        Field(gt=0, description="passes over a shard, all its slices together"),
+        Range(5.0, 60.0, log=True),
     ] = 20
 
     needs: ClassVar[Needs] = Needs(

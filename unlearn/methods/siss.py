@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from unlearn.interface import Need, Needs, Request, Subject
 from unlearn.noising import to_eps
 from unlearn.pipeline import Pipeline
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Batch
 from unlearn.training import Term, Training, descend
@@ -101,7 +102,9 @@ class SISS(Training):
     """Unlearn single pictures, holding on to the others in the same forward pass."""
 
     mixture: Annotated[
-        float, Field(gt=0, lt=1, description="share of noisy pictures drawn from those to forget")
+        float,
+        Field(gt=0, lt=1, description="share of noisy pictures drawn from those to forget"),
+        Range(0.1, 0.9),
     ] = 0.5
     scaling_norm: Annotated[
         float | None,
@@ -111,8 +114,12 @@ class SISS(Training):
             "at every step",
         ),
     ] = None
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 1e-4
-    epochs: Annotated[float, Field(gt=0, description="passes over the retain set")] = 2
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-6, 1e-3, log=True)
+    ] = 1e-4
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the retain set"), Range(0.5, 10.0, log=True)
+    ] = 2
 
     needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED, tasks=("diffusion",), targets=("records",))
 

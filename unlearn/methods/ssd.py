@@ -51,6 +51,7 @@ from unlearn.data import record_hashes
 from unlearn.errors import BadInput
 from unlearn.importance import squared_gradients
 from unlearn.interface import ALL_TASKS, WITH_LOGITS, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import IGNORED, Batch, Encoded, Predictions
 
@@ -89,10 +90,12 @@ class SSD:
         Field(
             ge=0, le=100,
             description="percentile of the ratios that alpha is; none: 100 - ln(1 + 100 n_f/n)",
-        ),
+        ), Range(50.0, 99.9),
     ] = None  # fmt: skip
     dampening: Annotated[
-        float, Field(gt=0, description="lambda: how far selected weights are kept")
+        float,
+        Field(gt=0, description="lambda: how far selected weights are kept"),
+        Range(0.1, 10.0, log=True),
     ] = 1.0
     importance: Annotated[
         Literal["loss", "output"],

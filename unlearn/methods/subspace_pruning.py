@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from unlearn.errors import Unsupported
 from unlearn.interface import Classes, Concepts, Need, Needs, Request, Subject
 from unlearn.pipeline import Pipeline
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import evaluating
 
@@ -67,10 +68,10 @@ class SubspacePruning:
     rho: Annotated[
         float,
         Field(gt=0, le=1, description="share of every output's weights, per step; small models "
-              "need more (0.05)"),
+              "need more (0.05)"), Range(0.002, 0.2, log=True),
     ] = 0.01  # fmt: skip
     tau: Annotated[
-        int, Field(ge=1, description="denoising steps looked at, from the first one")
+        int, Field(ge=1, description="denoising steps looked at, from the first one"), Range(2, 20)
     ] = 10
     steps: Annotated[int, Field(ge=1, description="denoising steps of a whole sampling")] = 50
     guidance: Annotated[

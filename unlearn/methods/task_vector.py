@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from unlearn.interface import ALL_TASKS, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.training import Term, Training, descend, likelihood
 
@@ -31,9 +32,12 @@ class TaskVector(Training):
             gt=0,
             description="length of the way back; Ilharco et al. search in 0 to 1, MUSE uses 5",
         ),
+        Range(0.05, 5.0, log=True),
     ] = 1.0
     epochs: Annotated[
-        float, Field(gt=0, description="passes over the forget set; MUSE uses 10")
+        float,
+        Field(gt=0, description="passes over the forget set; MUSE uses 10"),
+        Range(1.0, 20.0, log=True),
     ] = 10
 
     needs: ClassVar[Needs] = Needs(retain=Need.NO, tasks=ALL_TASKS)

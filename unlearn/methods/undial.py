@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import WITH_LOGITS, Request, Subject
+from unlearn.ranges import Range, RetainWeight
 from unlearn.reference import ReferenceLogits
 from unlearn.retention import OneSided
 from unlearn.run import Run
@@ -58,10 +59,14 @@ class UnDIAL(OneSided):
     beta: Annotated[
         float,
         Field(gt=0, description="what the true label's logit loses; the paper uses 3, 10, 30"),
+        Range(1.0, 30.0, log=True),
     ] = 10.0
     lr: Annotated[
-        float, Field(gt=0, description="peak learning rate; the paper uses 1e-4 with adapters")
+        float,
+        Field(gt=0, description="peak learning rate; the paper uses 1e-4 with adapters"),
+        Range(1e-6, 3e-3, log=True),
     ] = 1e-4
+    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Store the starting model's logits."""

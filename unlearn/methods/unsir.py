@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from unlearn.errors import BadInput
 from unlearn.interface import Classes, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Encoded, Task, evaluating
 from unlearn.tasks.classification import continuous
@@ -51,8 +52,16 @@ def noise_loss(task: Task, model: nn.Module, batch: Batch, penalty: float) -> Te
 class UNSIR(Training):
     """Overwrite whole classes with noise learnt for them, then repair the rest."""
 
-    lr: Annotated[float, Field(gt=0, description="learning rate of the impair phase")] = 1e-4
-    repair_lr: Annotated[float, Field(gt=0, description="learning rate of the repair phase")] = 1e-4
+    lr: Annotated[
+        float,
+        Field(gt=0, description="learning rate of the impair phase"),
+        Range(1e-5, 1e-2, log=True),
+    ] = 1e-4
+    repair_lr: Annotated[
+        float,
+        Field(gt=0, description="learning rate of the repair phase"),
+        Range(1e-5, 1e-2, log=True),
+    ] = 1e-4
     epochs: Annotated[
         float, Field(gt=0, description="passes over the retained sample in each phase")
     ] = 1
@@ -64,9 +73,15 @@ class UNSIR(Training):
     ] = 5000
     noise_size: Annotated[int, Field(ge=1, description="noise inputs per forgotten class")] = 32
     noise_steps: Annotated[int, Field(ge=1, description="steps of Adam on the noise")] = 25
-    noise_lr: Annotated[float, Field(gt=0, description="learning rate of Adam on the noise")] = 0.1
+    noise_lr: Annotated[
+        float,
+        Field(gt=0, description="learning rate of Adam on the noise"),
+        Range(0.01, 0.5, log=True),
+    ] = 0.1
     penalty: Annotated[
-        float, Field(ge=0, description="weight of the noise's mean squared length")
+        float,
+        Field(ge=0, description="weight of the noise's mean squared length"),
+        Range(0.01, 1.0, log=True),
     ] = 0.1
 
     needs: ClassVar[Needs] = Needs(

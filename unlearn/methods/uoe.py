@@ -38,6 +38,7 @@ from unlearn.distributed import spread
 from unlearn.errors import BadInput, Unsupported
 from unlearn.experts import Mixture, Routing, mixtures, routing, watched
 from unlearn.interface import Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import matching
 from unlearn.tasks.base import Batch, Encoded, evaluating
@@ -107,7 +108,9 @@ class UOE(Training):
         Field(description="its own hyperparameters, such as '{beta: 0.5, retention: kl}'"),
     ] = None
     anchor_weight: Annotated[
-        float, Field(ge=0, description="weight of the anchor; the paper finds 0 to 1000 much alike")
+        float,
+        Field(ge=0, description="weight of the anchor; the paper finds 0 to 1000 much alike"),
+        Range(0.1, 1000.0, log=True),
     ] = 1.0
     anchor: Annotated[
         Literal["masked", "softmax"],

@@ -1,0 +1,499 @@
+"""A search for hyperparameters: what it aims at, what it leaves, and that it can be interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from safetensors.torch import save_model
+
+from tests import plain
+from unlearn.cli.main import cli
+from unlearn.config import TuneConfig, configure
+from unlearn.errors import BadInput, MissingNeed, UnlearnError, Unsupported
+from unlearn.evaluations import tune, tuning
+from unlearn.evaluations.criteria import Check
+from unlearn.evaluations.examination import examiner
+from unlearn.evaluations.schema import Value
+from unlearn.evaluations.tuning import (
+    Hopeless,
+    Objectives,
+    Row,
+    Trying,
+    best,
+    front,
+    memorization,
+    objectives,
+)
+from unlearn.run import Silent
+
+# objectives
+
+
+def check(name: str, subset: str, *values: float | None, **more: Any) -> Check:
+    """A measurement on the original, the unlearned and perhaps the retrained model."""
+    roles = dict(zip(("original", "unlearned", "retrained"), values, strict=False))
+    shown = {role: None if v is None else Value(value=v) for role, v in roles.items()}
+    fields = {"title": name, "better": "lower", "group": "extraction", **shown}
+    state = more.pop("state", None)
+    return Check(name, subset, state=state, fields=fields | more)  # type: ignore[arg-type]
+
+
+MEMBERSHIP = {"better": "closer_to_retrained", "group": "membership"}
+
+
+def test_with_a_retrained_model_forgetting_is_the_distance_from_it() -> None:
+    found = objectives(
+        [
+            check("extraction_strength", "forget", 0.9, 0.3, 0.1),
+            check("membership_loss", "forget", 0.9, 0.3, 0.5, **MEMBERSHIP),
+            check("loss", "forget", 0.1, 9.0, 3.0, better="closer_to_retrained"),
+            check("extraction_strength", "retain", 0.8, 0.6, 0.8),
+            check("rouge_l_recall", "retain", 0.5, 0.6, 0.5),
+        ],
+        classes=False,
+    )
+    assert found.parts == pytest.approx({
+        "extraction_strength.forget": 0.2, "membership_loss.forget": 0.2,
+        "extraction_strength.retain": 0.75, "rouge_l_recall.retain": 1.0,  # a gain pays nothing
+    })  # fmt: skip
+    assert (found.forgetting, found.utility) == pytest.approx((0.2, 0.875))
+
+
+def test_below_the_goal_nothing_is_wrong_but_for_membership() -> None:
+    kept = check("accuracy", "retain", 0.9, 0.9)
+    below = [check("accuracy", "forget", 0.9, 0.2, 0.6), kept]
+    assert objectives(below, classes=False).forgetting == 0
+    drawn = {"better": "higher", "group": "guard"}
+    gone = check("unlearning_accuracy", "forget", 0.1, 1.0, 1.0, better="higher")
+    broken = [check("picture_quality", "forget", 0.8, 0.3, 0.6, **drawn), gone, kept]
+    assert objectives(broken, classes=False).forgetting == pytest.approx(0.3 / 2)
+    fine = [check("picture_quality", "forget", 0.6, 0.7, 0.9, **drawn), gone, kept]
+    assert objectives(fine, classes=False).forgetting == 0
+    with pytest.raises(MissingNeed, match="--classifier"):  # nobody looked at what they show
+        objectives([broken[0], kept], classes=False)
+
+
+def test_without_a_retrained_model_the_goals_are_the_holdouts_one_half_and_nothing() -> None:
+    found = objectives(
+        [
+            check("accuracy", "forget", 1.0, 0.9),
+            check("accuracy", "holdout", 0.7, 0.6),
+            check("membership_loss", "forget", 0.9, 0.4, **MEMBERSHIP),
+        ],
+        classes=False,
+    )
+    assert found.forgetting == pytest.approx((0.2 + 0.1) / 2)
+    assert found.utility == pytest.approx(0.6 / 0.7)
+    of_class = [check("accuracy", "forget", 1.0, 0.25), check("accuracy", "retain", 0.5, 0.5)]
+    assert objectives(of_class, classes=True).forgetting == 0.25
+    drawn = check("unlearning_accuracy", "forget", 0.1, 0.75, better="higher")
+    kept = check("retained_accuracy", "retain", 0.8, 0.4)
+    found = objectives([drawn, kept], classes=False)
+    assert (found.forgetting, found.utility) == (0.25, 0.5)
+
+
+def test_what_cannot_be_relied_on_does_not_count() -> None:
+    kept = check("accuracy", "retain", 0.9, 0.9)
+    blind = check("membership_loss", "forget", 0.9, 0.6, state=("invalid", "why"), **MEMBERSHIP)
+    with pytest.raises(MissingNeed, match="--retrained"):
+        objectives([blind, kept], classes=False)
+    with pytest.raises(MissingNeed, match="must stay"):
+        objectives([check("accuracy", "forget", 1.0, 0.2, 0.1)], classes=False)
+    broken = check("accuracy", "forget", 1.0, None, 0.1, state=("fail", "not finite"))
+    with pytest.raises(Hopeless, match="damaged"):
+        objectives([broken, kept], classes=False)
+
+
+def test_memorization_is_the_gap_to_unseen_records() -> None:
+    found = memorization(
+        [
+            check("extraction_strength", "retain", 0.1, 0.8),
+            check("extraction_strength", "holdout", 0.1, 0.3),
+            check("loss", "holdout", 2.0, 2.0 - np.log(1.5)),
+        ],
+        None,
+    )
+    assert (found.forgetting, found.utility) == pytest.approx((0.5, 1.5))
+    accuracy = [check("accuracy", "retain", 0.5, 0.6), check("accuracy", "holdout", 0.8, 0.7),
+                check("loss", "holdout", 1.0, 1.0)]  # fmt: skip
+    found = memorization(accuracy, None)
+    assert (found.forgetting, found.utility) == pytest.approx((0.0, 0.875))
+
+
+def test_memorization_of_a_pipeline_is_told_by_its_denoising_losses() -> None:
+    def losses(*values: float) -> Any:
+        return SimpleNamespace(loss=lambda: np.array(values))
+
+    audit = SimpleNamespace(signals={
+        "original": {"holdout": losses(2.0, 4.0)},
+        "unlearned": {"retain": losses(1.0, 1.0, 3.0), "holdout": losses(2.0, 4.0)},
+    })  # fmt: skip
+    found = memorization([], audit)
+    assert (found.forgetting, found.utility) == pytest.approx((2 * 5 / 6 - 1, 1.0))
+
+
+def row(number: int, forgetting: float, utility: float, rejected: str = "") -> Row:
+    return Row(number, "search", {"lr": 0.1}, Objectives(forgetting, utility), rejected)
+
+
+def numbers(rows: list[Row]) -> list[int]:
+    return [r.number for r in rows]
+
+
+def test_the_front_is_who_is_beaten_by_none() -> None:
+    rows = [row(0, 0.5, 1.0), row(1, 0.3, 0.9), row(2, 0.4, 0.9), row(3, 0.3, 0.9),
+            row(4, 0.1, 0.2), row(5, 0.2, 0.1), row(6, 0.0, 1.0, "it broke")]  # fmt: skip
+    assert numbers(front(rows)) == [0, 1, 3, 4]
+
+
+def test_the_best_forgets_most_among_those_that_kept_enough() -> None:
+    rows = [row(0, 0.6, 1.0), row(1, 0.4, 0.95), row(2, 0.1, 0.94)]
+    assert best(rows) == rows[1]
+
+
+def test_where_none_kept_enough_the_best_is_the_knee() -> None:
+    # scaled over the front: (1, 0), (0.25, 0.25), (0, 1) from the corner
+    rows = [row(0, 0.8, 0.9), row(1, 0.2, 0.7), row(2, 0.0, 0.1)]
+    assert best(rows) == rows[1]
+    assert best([row(0, 1.0, 0.0, "it broke")]) is None
+
+
+# whole searches
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small classifier that was trained, and its records."""
+    folder = tmp_path_factory.mktemp("world")
+    records, unseen = plain.vectors(90), plain.vectors(60, seed=1)
+    inputs = torch.tensor([r["features"] for r in records])
+    labels = torch.tensor([r["label"] for r in records])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = plain.factory()
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+    save_model(model, str(folder / "net.safetensors"))
+    for name, rows in (("data", records), ("holdout", unseen)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def request(world: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "method": "grad_diff", "model": "tests.plain:factory", "data": world / "data.jsonl",
+        "forget_classes": "2", "holdout": world / "holdout.jsonl", "trials": 3, "device": "cpu",
+        "range": {"lr": "1e-3:1e-1:log", "epochs": "1,2"},
+        "set": {"batch_size": 16, "retain_weight": 2.0, "forget_weight": 1.0}, **changes,
+    }  # fmt: skip
+
+
+class Heard(Silent):
+    """What was said; may be told to die in one of the trials, at its training."""
+
+    def __init__(self, dies_in: int | None = None) -> None:
+        self.said: list[str] = []
+        self.dies_in = dies_in
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+    def advance(self, phase: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+        begun = sum(s.startswith("Trial ") for s in self.said)
+        if self.dies_in == begun and phase == "unlearn":
+            raise KeyboardInterrupt
+
+
+def outcome(done: Any) -> list[Any]:
+    return [(r.origin, dict(r.settings), r.objectives) for r in done.rows]
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A search that nobody disturbed."""
+    return tune(
+        world / "net.safetensors", **request(world), out=tmp_path_factory.mktemp("a") / "out"
+    )
+
+
+def test_what_a_search_leaves(alone: Any) -> None:
+    assert {p.name for p in alone.directory.iterdir()} == {
+        "best.yaml", "trials.json", "tune.html", "study.db",
+    }  # fmt: skip
+    assert len(alone.rows) == 3
+    assert all(1e-3 <= r.settings["lr"] <= 1e-1 for r in alone.rows)
+    assert {r.settings["epochs"] for r in alone.rows} <= {1, 2}
+    assert all(r.settings["batch_size"] == 16 for r in alone.rows)
+    assert len({r.settings["lr"] for r in alone.rows}) == 3
+    assert all(0 <= r.objectives.forgetting <= 1 for r in alone.rows)
+    record = json.loads((alone.directory / "trials.json").read_text())
+    assert record["best"] == alone.best.number
+    assert [t["number"] for t in record["trials"]] == [0, 1, 2]
+    assert yaml.safe_load((alone.directory / "best.yaml").read_text()) == alone.recipe
+    page = (alone.directory / "tune.html").read_text()
+    assert "<script" not in page
+    assert "http://" not in page
+    assert "<svg" in page
+
+
+def test_the_page_escapes_what_others_wrote(alone: Any) -> None:
+    rows = (replace(alone.best, settings={"scope": "<script>alert(1)</script>"}),)
+    page = tuning.render(replace(alone, rows=rows), "<b>somebody</b>")
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "<b>somebody" not in page
+
+
+def test_killed_in_the_second_trial_and_repeated(world: Path, tmp_path: Path, alone: Any) -> None:
+    place = {**request(world), "out": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        tune(world / "net.safetensors", **place, progress=Heard(dies_in=2))
+    begun = [p.name for p in (tmp_path / "out" / "runs").iterdir()]
+    assert begun == [".0001.partial"]
+    heard = Heard()
+    again = tune(world / "net.safetensors", **place, progress=heard)
+    assert sum(s.startswith("Trial ") for s in heard.said) == 2
+    assert any("Going on with the unfinished run" in s for s in heard.said)
+    assert outcome(again) == outcome(alone)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_finished_search_is_not_done_again_and_can_grow(world: Path, tmp_path: Path) -> None:
+    place = {**request(world, trials=1), "out": tmp_path / "out"}
+    first, heard = tune(world / "net.safetensors", **place), Heard()
+    assert outcome(tune(world / "net.safetensors", **place, progress=heard)) == outcome(first)
+    assert heard.said == []
+    more = tune(world / "net.safetensors", **{**place, "trials": 2})
+    assert outcome(more)[0] == outcome(first)[0]
+    assert len(more.rows) == 2
+
+
+def test_workers_share_the_trials_of_one_storage(world: Path, tmp_path: Path) -> None:
+    shared = {**request(world, trials=4), "storage": f"sqlite:///{tmp_path / 'shared.db'}"}
+    checkpoint = world / "net.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        tune(checkpoint, **shared, out=tmp_path / "one", progress=Heard(dies_in=2))
+    other = tune(checkpoint, **shared, out=tmp_path / "two")
+    assert len(other.rows) == 3  # the fourth is the first worker's, who may come back
+    first = tune(checkpoint, **shared, out=tmp_path / "one")
+    assert len(first.rows) == 4
+    study = optuna.load_study(study_name=tuning.STUDY, storage=shared["storage"])
+    done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    places = [t.user_attrs["place"].rsplit("/", 1)[1] for t in done]
+    assert sorted(places) == ["one", "one", "two", "two"]
+
+
+def test_workers_never_claim_more_than_was_asked_for(world: Path, tmp_path: Path) -> None:
+    config = configure(TuneConfig, checkpoint=world / "net.safetensors",
+                       **request(world, trials=5, range={}))  # fmt: skip
+    base, space = tuning._planned(config)
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+
+    def claims(name: str) -> list[int]:
+        study = tuning._opened(optuna, url, "identity", base)
+        worker = tuning._Worker(optuna, study, url, config, base, space, tmp_path / name, Silent())
+        with tuning._alone(url):
+            worker._begin_with(worker._starts())
+        found = []
+        while (trial := worker._claim()) is not None:
+            found.append((trial.number, trial.user_attrs.get("origin", "search")))
+        return found
+
+    tuning._opened(optuna, url, "identity", base)
+    with ThreadPoolExecutor(3) as pool:
+        found = [claim for claims_ in pool.map(claims, "abc") for claim in claims_]
+    assert len(found) == len({number for number, _ in found}) == 5
+    assert [origin for _, origin in found].count("defaults") == 1
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(a) for a in arguments], prog_name="unlearn")
+
+
+def flags(world: Path) -> list[object]:
+    return ["--model", "tests.plain:factory", "--data", world / "data.jsonl", "--forget-classes",
+            "2", "--holdout", world / "holdout.jsonl", "--device", "cpu"]  # fmt: skip
+
+
+def test_from_the_command_line_to_a_run_with_the_best_recipe(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    result = call(
+        "tune", world / "net.safetensors", "--method", "ssd", *flags(world), "--trials", 3,
+        "--range", "percentile=50:80", "--set", "batch_size=64", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert str(out / "best.yaml") in result.stdout.replace("\n", "")
+    recipe = yaml.safe_load((out / "best.yaml").read_text())
+    assert recipe["method"] == "ssd"
+    assert recipe["set"]["batch_size"] == 64
+    done = call(
+        "run", world / "net.safetensors", "--config", out / "best.yaml", *flags(world),
+        "--audit", "none", "--out", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {k: record["hyperparameters"][k] for k in recipe["set"]} == recipe["set"]
+
+
+def test_defaults_and_recipes_come_first_where_they_fit(world: Path) -> None:
+    def starts(**changes: Any) -> dict[str, Any]:
+        asked = {**request(world), **changes}
+        config = configure(TuneConfig, checkpoint=world / "net.safetensors", **asked)
+        base, space = tuning._planned(config)
+        return tuning._Worker(optuna, None, "", config, base, space, Path("x"), Silent())._starts()
+
+    of_class = starts(method="salun", range={}, set={"batch_size": 16})
+    assert list(of_class) == ["defaults", "recipe salun-class-cifar10-resnet"]
+    assert of_class["recipe salun-class-cifar10-resnet"]["batch_size"] == 16
+    assert of_class["defaults"] == {"batch_size": 16}
+    gentle = starts(method="salun", range={"epochs": "3:5"}, set={})
+    assert gentle == {}  # the defaults say 10 epochs, the recipe 2
+    records = starts(method="salun", range={}, set={}, forget_classes=None, forget_ids="0:9")
+    assert list(records) == ["defaults", "recipe salun-random-cifar10-resnet"]
+
+
+def test_a_trial_that_breaks_the_model_is_dominated_by_all(world: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    done = tune(
+        world / "net.safetensors", **request(world, range={"lr": "1e-4,1e9"}, trials=4),
+        out=tmp_path / "out", progress=heard,
+    )  # fmt: skip
+    lost = [r for r in done.rows if r.settings["lr"] == 1e9]
+    assert lost
+    assert all(r.rejected and r.objectives == Objectives(1.0, 0.0) for r in lost)
+    assert {r.settings["lr"] for r in done.rows if not r.rejected} == {1e-4}
+    assert done.best.settings["lr"] == 1e-4
+
+
+def test_a_model_that_lost_half_of_what_stays_is_not_audited(world: Path, tmp_path: Path) -> None:
+    """The least of the retained answers are right once the two other classes are swapped."""
+    config = configure(TuneConfig, checkpoint=world / "net.safetensors", **request(world))
+    base, _ = tuning._planned(config)
+    trying = Trying(examiner(base), base)
+    model = base.checkpoint.load().model
+    run = SimpleNamespace(task=base.checkpoint.task, seed=0, device=torch.device("cpu"))
+    trying.before = tuning._looked(model, base, run)  # type: ignore[arg-type]
+    assert trying.before > 0.5
+    with torch.no_grad():
+        for p in model[2].parameters():
+            p[[0, 1]] = p[[1, 0]].clone()
+    with pytest.raises(Hopeless, match=r"right on .*% of retained answers"):
+        trying.measure("unlearned", model, base, run, tmp_path)  # type: ignore[arg-type]
+
+
+def test_where_every_trial_is_given_up_the_reasons_are_kept(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnlearnError, match="every trial was given up"):
+        tune(world / "net.safetensors", **request(world, range={"lr": "1e9,1e10"}, trials=1),
+             out=tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out" / "best.yaml").exists()
+    record = json.loads((tmp_path / "out" / "trials.json").read_text())
+    assert record["best"] is None
+    assert record["trials"][0]["rejected"]
+
+
+def test_memcontrol_is_searched_for_memorization_and_quality(world: Path, tmp_path: Path) -> None:
+    done = tune(
+        world / "net.safetensors",
+        **request(world, method="memcontrol", range={"lr": "1e-3:1e-2:log"},
+                  set={"epochs": 1, "batch_size": 16}, trials=3),
+        out=tmp_path / "out",
+    )  # fmt: skip
+    assert done.words == ("memorization", "quality")
+    study = optuna.load_study(study_name=tuning.STUDY, storage=f"sqlite:///{tmp_path}/out/study.db")
+    for trial, r in zip(study.trials, done.rows, strict=True):
+        parts = [n for n in ("other.1", "other.2") if trial.params[f"moves.{n}"]]
+        assert r.settings["moves"] == ",".join(parts)
+        assert bool(parts) != bool(r.rejected)  # nothing moved, nothing to say
+    assert {"memorization", "quality"} == set(done.best.objectives.parts)
+
+
+# what is refused
+
+
+def refused(world: Path, tmp_path: Path, **changes: Any) -> str:
+    asked = {"out": tmp_path / "new", **request(world, trials=1), **changes}
+    with pytest.raises(UnlearnError) as error:
+        tune(asked.pop("checkpoint", world / "net.safetensors"), **asked)
+    assert not (tmp_path / "new" / "best.yaml").exists()
+    return str(error.value)
+
+
+def test_a_storage_or_directory_with_another_search(
+    world: Path, tmp_path: Path, alone: Any
+) -> None:
+    storage = f"sqlite:///{alone.directory / 'study.db'}"
+    for changes in ({"method": "ssd", "range": {}, "set": {}}, {"range": {"lr": "1e-3:1e-2"}},
+                    {"forget_classes": "1"}, {"seed": 1}):  # fmt: skip
+        said = refused(world, tmp_path, storage=storage, **changes)
+        assert "holds a search for grad_diff" in said
+        for left in (tmp_path / "new").iterdir():
+            left.unlink()
+        (tmp_path / "new").rmdir()
+    assert "another request" in refused(world, tmp_path, out=alone.directory, seed=1)
+    (tmp_path / "mine").mkdir()
+    assert "something else" in refused(world, tmp_path, out=tmp_path / "mine")
+
+
+def test_a_storage_that_cannot_be_opened(world: Path, tmp_path: Path) -> None:
+    for url in ("nowhere", "sqlite:////no/such/folder/x.db"):
+        assert "cannot be opened" in refused(world, tmp_path, storage=url)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"range": {"lr": "1e-3:1e-1:lin"}}, "is no range"),
+        ({"range": {"rate": "1:2"}}, "has no hyperparameter 'rate'"),
+        ({"range": {"lr": "1:2"}, "set": {"lr": 1e-3}}, "lr has a range and a fixed value"),
+        ({"method": "acu", "range": {}, "set": {"gamma": 1.0}}, "nothing left to search"),
+        ({"method": "grad_dif", "range": {}}, "there is no method"),
+        (
+            {"holdout": None, "forget_classes": None, "forget_ids": "0:9"},
+            "--retrained or --holdout",
+        ),
+        ({"method": "memcontrol", "range": {}, "set": {}, "holdout": None}, "pass --holdout"),
+        ({"out": None}, "pass --out"),
+        ({"checkpoint": plain.factory(), "model": None}, "save it and pass its directory"),
+    ],
+)
+def test_wrong_requests_are_refused_at_once(
+    world: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    assert sentence in refused(world, tmp_path, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_optuna_one_sentence_names_the_extra(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(Unsupported, match=r"unlearn-toolkit\[tune\]"):
+        tune(world / "net.safetensors", **request(world), out=tmp_path / "out")
+
+
+def test_two_workers_need_two_directories(world: Path, tmp_path: Path) -> None:
+    with tuning._begun(tmp_path / "out", "x"), pytest.raises(BadInput, match="--out of its own"):
+        tune(world / "net.safetensors", **request(world), out=tmp_path / "out")
+
+
+def test_the_command_line_names_what_is_missing(world: Path) -> None:
+    assert "a search needs a method" in call("tune", world / "net.safetensors").stderr
+    wrong = call("tune", world / "net.safetensors", "--method", "ssd", "--range", "x", "--out", "o")
+    assert wrong.exit_code == 2
+    assert "--range 'x' is not of the form key=value" in wrong.stderr
