@@ -1,41 +1,57 @@
-"""`unlearn attacks`: the membership attacks an audit runs."""
+"""`unlearn attacks`: what an audit tries."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
+
+NEEDS = {
+    "adversarial_compression": ("--acr",),
+    "languages": ("--translations or --translator",),
+    "relearning_unrelated": ("retain",),
+    "latent_knowledge": ("retain",),
+    "latent_knowledge_unsupervised": ("retain",),
+}
 
 
 @click.command("attacks")
 @click.option("--json", "as_json", is_flag=True, help="print JSON on stdout")
 def command(as_json: bool) -> None:
-    """List the membership attacks: what they need, and which audits run them."""
+    """List the membership attacks and searches: what they need, and which audits run them."""
+    from unlearn.attacks.interface import Attack, Search
     from unlearn.attacks.membership import attacks
+    from unlearn.evaluations.robustness import SEARCHES, compressed
 
-    found = attacks()
+    found: list[tuple[str, Attack | Search, tuple[str, ...]]] = [
+        *(("membership", attack, attack.needs) for attack in attacks()),
+        *(("search", s, NEEDS.get(s.name, ())) for s in (*SEARCHES, compressed(1))),
+    ]
+    described: list[dict[str, Any]] = [
+        {
+            "name": attack.name,
+            "kind": kind,
+            "title": attack.title,
+            "source": attack.source,
+            "audit": attack.depth,
+            "tasks": attack.tasks,
+            "needs": needs,
+        }
+        for kind, attack, needs in found
+    ]
     if as_json:
-        described = [
-            {
-                "name": attack.name,
-                "title": attack.title,
-                "source": attack.source,
-                "audit": attack.depth,
-                "tasks": attack.tasks,
-                "needs": attack.needs,
-            }
-            for attack in found
-        ]
         click.echo(json.dumps(described, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("attack", "from audit", "what it is", "needs"):
+    for column in ("attack", "kind", "from audit", "what it is", "needs"):
         table.add_column(column, no_wrap=column == "attack")
-    for attack in found:
-        table.add_row(attack.name, attack.depth, attack.title, ", ".join(attack.needs))
+    for one in described:
+        table.add_row(one["name"], one["kind"], one["audit"], one["title"], ", ".join(one["needs"]))
     out = Console(highlight=False)
     out.print(table)
-    out.print("\nSources and model families: `unlearn attacks --json`.")
+    out.print("\nSources and model families: `unlearn attacks --json`. Searches count beside a")
+    out.print("retrained model only; membership attacks beside one or a holdout.")

@@ -14,7 +14,7 @@ COMMANDS = {
     "audit": "Try to get forgotten data back, and say whether it is gone.",
     "tune": "Search over a method's hyperparameters.",
     "methods": "List the methods, or show one with its needs and settings.",
-    "attacks": "List the membership attacks.",
+    "attacks": "List what an audit tries: membership attacks and searches.",
     "verify": "Check that no byte of a run directory has changed.",
     "report": "Render the report of a run again.",
     "compare": "Lay the findings of several runs side by side.",

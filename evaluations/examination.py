@@ -1,7 +1,8 @@
 """The audit: measure each model once, hold the numbers against rules, write down what follows.
 
 :class:`Examination` measures one model at a time, so two are never in memory together; what it
-measured is on disk, so an interrupted audit goes on and every number can be computed again.
+measured is on disk, so an interrupted audit goes on and every number can be computed again. Only a
+deep audit holds the original's weights once more beside a model, to see where they differ.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from unlearn.checkpoint import Checkpoint
 from unlearn.config import AuditConfig
 from unlearn.evaluations import (
     attestation,
+    differences,
     exposure,
     findings,
     guards,
@@ -35,6 +37,7 @@ from unlearn.evaluations.criteria import Check, Criteria, Decision, decide
 from unlearn.evaluations.measure import ASKED, COSTLY, SAMPLED, Measured, Taking, measure
 from unlearn.evaluations.report import render_html, render_markdown
 from unlearn.evaluations.schema import (
+    EVIDENCE,
     Cost,
     Course,
     Distribution,
@@ -52,11 +55,12 @@ from unlearn.run import Audit, Progress, Role, Run, Silent
 from unlearn.workplace import Outcome, Stopwatch, begin, peak_memory, publish, workplace
 
 # settings that may name people, or places on this machine
-PRIVATE = ("forget_ids", "forget_classes", "criteria", "columns", "translations")
+PRIVATE = (
+    "forget_ids", "forget_classes", "criteria", "columns", "translations", "translator",
+    "jailbreaks",
+)  # fmt: skip
 SHOWN = 5  # examples in the report, when asked for
 POINTS = 400  # of the training trajectory
-# groups that speak of forgetting
-EVIDENCE = ("extraction", "membership", "probe", "robustness", "durability")
 
 
 class Examination:
@@ -93,7 +97,9 @@ class Examination:
             self.watch_within.end(model, run)
         self.weights[role] = guards.hidden_weights(model, case.tasks()[role])
         found = measure(role, model, case, run, directory, self.decoder)
-        robustness.look(found, Taking(role, model, run, directory), case, self.material)
+        taking = Taking(role, model, run, directory)
+        robustness.look(found, taking, case, self.material)
+        differences.look(found, taking, case)
         self.measured[role] = found
 
     def conclude(self, case: Case, outcome: Outcome, run: Run, directory: Path) -> Report:
@@ -110,6 +116,7 @@ class Examination:
             *within.checks(self.criteria),
             *robustness.checks(self.measured, case, self.criteria),
             *findings.distances(self.measured, case, self.criteria),
+            *differences.checks(self.measured, case),
             *(self._of_shadows(shadowed, case) if shadowed else []),
             *blind,
             *guards.changed(self.weights, case, outcome.fingerprint_out),
@@ -291,7 +298,7 @@ def concluded(
             RecordSet(name=name, n=facts["n"], fingerprint=facts["fingerprint"])
             for name, facts in outcome.sets.items()
         ),
-        findings=tuple(map(_finding, checks, decisions)),
+        findings=tuple(map(finding, checks, decisions)),
         notes=tuple(outcome.notes),
         cost=Cost(
             seconds=outcome.seconds,
@@ -334,7 +341,8 @@ def _sentence(word: str, checks: Sequence[Check]) -> str:
     return f"{word}: {'; '.join(dict.fromkeys(named))}."
 
 
-def _finding(check: Check, decision: Decision) -> Finding:
+def finding(check: Check, decision: Decision) -> Finding:
+    """A check as the report shows it."""
     return Finding(
         name=check.name,
         subset=check.subset,
@@ -398,6 +406,12 @@ def _limits(case: Case, criteria: Criteria) -> tuple[str, ...]:
         found.append(
             f"Attacks with shadow models saw {shadowing.TARGETS} random records of the "
             f"{' and '.join(names).replace('_', ' ')} set, and say nothing about the others."
+        )
+    sizes = robustness.LOOKED_FOR.get(case.checkpoint.task.name, 0)
+    if depth != "quick" and len(case.sets.forget) > sizes:
+        found.append(
+            f"Rounding, other ways of asking and the like were tried on {sizes:,} random records "
+            "of the forget set."
         )
     if case.sets.holdout is None:
         found.append("No holdout was given: membership was not tested against unseen records.")

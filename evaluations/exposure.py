@@ -95,6 +95,8 @@ def score(
     depth = case.config.audit  # type: ignore[attr-defined]
     ran, missing = [], []
     for attack in attacks(case.checkpoint.task.name, depth):
+        if shadowed is None and {"shadows", "unlearned shadows"} & set(attack.needs):
+            continue  # nobody asked for shadow models; the report's limits say so
         try:
             ran.append(_run(attack, measured, case, shadowed))
         except BadInput as error:
@@ -193,7 +195,7 @@ def _check(scores: Scores, case: Case, criteria: Criteria, blind: str | None) ->
         "better": "closer_to_retrained",
         "group": "membership",
         "source": attack.source,
-        **{role: _value(*pair) for role, pair in pairs.items()},
+        **{role: value(*pair) for role, pair in pairs.items()},
     }
     if pairs and not scores.nonmembers:
         fields["title"] += ", against the same records on the retrained model"
@@ -254,7 +256,8 @@ def _limited(pair: Pair, rate: float, margin: float) -> Effect:
     )  # fmt: skip
 
 
-def _value(members: Array, others: Array) -> Value:
+def value(members: Array, others: Array) -> Value:
+    """An AUC with its interval."""
     low, high = auc_interval(members, others)
     return Value(value=auc(members, others), interval=Range(low=low, high=high))
 

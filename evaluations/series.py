@@ -199,6 +199,11 @@ def forget_all(
         raise BadInput(f"{twice[0]} is said for all requests and by one of them: say it once")
     settings = {**settings, "merge": True}  # a chain of adapters would need every base for good
     configs = [configure(RunConfig, checkpoint=checkpoint, **settings, **r) for r in asked]
+    if any(config.translations is not None for config in configs):
+        raise BadInput(
+            "translations name records by their number in one forget set, and every request of a "
+            "series has its own: pass --translator, or audit the last run with them"
+        )
     if configs[0].out is None:
         raise BadInput("a series needs a directory for its runs: pass --out")
     out = Path(configs[0].out)

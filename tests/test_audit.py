@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from safetensors.torch import save_model
 
 from tests import plain
 from unlearn import demo, manifest
+from unlearn.attacks.extraction.compression import Compression, compressions
 from unlearn.cli.main import cli
 from unlearn.errors import BadInput, Collapsed, UnlearnError
-from unlearn.evaluations import audit, shadowing
+from unlearn.evaluations import audit, robustness, shadowing
 from unlearn.evaluations.report import read
 from unlearn.interface import Subject
 from unlearn.weights import save
@@ -91,10 +93,13 @@ def deeply(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     given = settings(world, audit="deep", shadows=0, acr=1, translations=strange)
     given["neighbours"] = world / "retain.jsonl"
     folder = tmp_path_factory.mktemp("deep")
-    return {
-        name: audit(world / "model", world / name, **given, out=folder / name)
-        for name in ("model", "again")
-    }
+    short = partial(compressions, attack=Compression(budget=30))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(robustness, "compressions", short)
+        return {
+            name: audit(world / "model", world / name, **given, out=folder / name)
+            for name in ("model", "again")
+        }
 
 
 EIGHT = {"familiarity", "languages", "jailbreak", "in_context", "relearning", "downstream",
@@ -117,6 +122,18 @@ def test_eight_ways_of_looking_accuse_no_retrained_model(deeply: dict[str, Any])
     looked = [f for f in deeply["again"].findings if f.name in {*EIGHT, *HANDLED}]
     assert looked
     assert not [f.name for f in looked if f.verdict == "fail"]
+
+
+def test_what_both_checkpoints_give_away(deeply: dict[str, Any]) -> None:
+    same, other = ({f.name: f for f in deeply[name].findings} for name in ("model", "again"))
+    assert same["weights_moved"].unlearned.value == 0
+    assert same["hidden_states_moved"].unlearned.value == 0.5  # nothing moved, so nobody can tell
+    assert other["weights_moved"].unlearned.value > 0
+    assert other["weights_changed"].unlearned.value > 0.9
+    assert 0 < other["weights_in_one_block"].unlearned.value <= 1
+    for name in ("hidden_states_moved", "rows_moved"):
+        assert 0 <= other[name].retrained.value <= 1
+        assert other[name].verdict == "info"
 
 
 def test_what_an_audit_leaves(closely: Path) -> None:

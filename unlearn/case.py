@@ -139,6 +139,7 @@ def build(config: CaseConfig, checkpoint: Checkpoint, *, once: bool = False, **m
         BadInput: whatever is wrong with files or records, or checkpoints that do not belong
             together.
     """
+    _check_closer(config, checkpoint.task)
     raw, target, warnings = _raw_sets(config, checkpoint.task)
     if isinstance(checkpoint.task, Diffusion):
         checkpoint.task.anchor = _anchor(config, checkpoint.task, target)
@@ -152,6 +153,9 @@ def build(config: CaseConfig, checkpoint: Checkpoint, *, once: bool = False, **m
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *warnings, *notes))
     hashes = {name: data.record_hashes(e, checkpoint.task.content) for name, e in raw.items()}
     _check_overlap(raw, hashes)
+    if near := set(hashes.get("neighbours", ())) & set(hashes.get("retain", ())):
+        note = f"{len(near):,} neighbours are retain records, too, and more easily kept."
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     others: dict[str, Checkpoint | None] = {"unlearned": None, "retrained": None}
     for name in others:
         source = getattr(config, name, None)
@@ -210,6 +214,15 @@ def check_out(out: Path) -> None:
         raise BadInput(f"{out} exists already: runs are never overwritten; choose another --out")
     if not out.absolute().parent.is_dir():
         raise BadInput(f"the folder {out.absolute().parent} does not exist: create it first")
+
+
+def _check_closer(config: CaseConfig, task: Task) -> None:
+    """Refuse what nobody would look at."""
+    named = [n for n in ("translations", "translator", "jailbreaks", "acr") if getattr(config, n)]
+    if named and (task.name != "causal_lm" or getattr(config, "audit", None) != "deep"):
+        raise BadInput(f"--{named[0]} is for deep audits (--audit deep) of language models")
+    if config.neighbours is not None and isinstance(task, Diffusion):
+        raise BadInput("--neighbours are records: of what a pipeline draws, name --keep-concepts")
 
 
 def _as_labelled(task: Task, like: Task) -> Task:
