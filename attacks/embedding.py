@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from unlearn.attacks.interface import Array, Ground, Search
-from unlearn.attacks.relearning import hit_rates, put_back, split
-from unlearn.attacks.signals import collect
+from unlearn.attacks.relearning import split
+from unlearn.attacks.signals import collect, hit_rates
+from unlearn.attacks.weights import put_back
 from unlearn.errors import BadInput, Collapsed
 from unlearn.interface import Subject
 from unlearn.run import Run, Silent

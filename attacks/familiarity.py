@@ -15,9 +15,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from unlearn.attacks.interface import Elicited, Ground, Prompting
+from unlearn.attacks.interface import Elicited, Ground, Inapplicable, Prompting
 from unlearn.attacks.prompting import Try, begun, elicited
-from unlearn.errors import BadInput
 from unlearn.run import Run
 
 
@@ -25,13 +24,13 @@ def elicit(model: nn.Module, ground: Ground, run: Run) -> Elicited:
     """What the model goes on with; records whose answer is a single token are left out.
 
     Raises:
-        BadInput: every answer is a single token.
+        Inapplicable: every answer is a single token.
     """
     forget = ground.forget
     halves = [(i, begun(forget, i)) for i in range(len(forget))]
     tries = [Try(i, half) for i, half in halves if half is not None]
     if not tries:
-        raise BadInput(
+        raise Inapplicable(
             "familiarity tells half of an answer and asks for the rest, and every forget record's "
             "answer is a single token"
         )

@@ -24,13 +24,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from unlearn.attacks import relearning
-from unlearn.attacks.interface import Elicited, Ground, Prompting
-from unlearn.attacks.prompting import Try, asked, elicited, fields
+from unlearn.attacks.interface import Elicited, Ground, Inapplicable, Prompting
+from unlearn.attacks.prompting import Try, asked, elicited
 from unlearn.errors import BadInput
 from unlearn.generation import true_answers
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded, Encoding
-from unlearn.tasks.causal_lm import FIELDS
+from unlearn.tasks.causal_lm import FIELDS, fields
 
 SHOWN = (1, 2, 5)  # records before a question, each number a try
 
@@ -93,11 +93,16 @@ def elicit(model: nn.Module, ground: Ground, run: Run) -> Elicited:
     """What the model answers with other records before its eyes; ``run.seed`` decides which.
 
     Raises:
-        BadInput: fewer than two records with a question, or no context that fits.
+        BadInput: one record with a question, or no context that fits.
+        Inapplicable: no record with a question.
     """
     rows = [ground.forget.examples[i] for i in range(len(ground.forget))]
     pairs = [fields(row) for row in rows]
     forget = ground.forget.select([i for i, pair in enumerate(pairs) if pair is not None])
+    if not len(forget):
+        raise Inapplicable(
+            "in-context relearning asks questions, and the forget records are plain texts"
+        )
     if len(forget) < 2:
         raise BadInput(
             "in-context relearning shows some forget records and asks for others: it needs at "

@@ -102,6 +102,10 @@ class Attack:
     depth: Depth = "quick"
 
 
+class Inapplicable(BadInput):
+    """These records, or this model, are of a kind in which a search has nothing to look at."""
+
+
 @dataclass(frozen=True)
 class Ground:
     """What a search may use besides the model.
@@ -132,7 +136,8 @@ class Search:
         source: where it was published.
         score: (model, ground, run) -> one number in [0, 1] per record looked for, shape (n,);
             higher: more is left. The same records for every model; the model is left as it was.
-            Raises BadInput where something is missing.
+            Raises BadInput where something is missing, Inapplicable where nothing could be given
+            that would help.
         tasks: model families it works on.
         depth: the lightest audit that runs it.
     """
@@ -148,13 +153,15 @@ class Search:
 
 @dataclass(frozen=True)
 class Elicited:
-    """What an attacker got a language model to say about n records.
+    """What an attacker got a language model to say; a record has an entry for each of its truths.
 
     Attributes:
-        truth: what it should not say, a text per record.
-        said: every try, texts per record.
+        record: which forget record each entry is about.
+        truth: what the model should not say, a text per entry.
+        said: every try, texts per entry.
     """
 
+    record: list[int]
     truth: list[str]
     said: list[list[str]]
 
@@ -167,7 +174,7 @@ class Prompting:
         name: stable key in snake_case.
         title: for people.
         source: where it was published.
-        elicit: (model, ground, run) -> what it said; raises BadInput where something is missing.
+        elicit: (model, ground, run) -> what it said; raises as ``Search.score`` does.
     """
 
     name: str

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from torch import nn
 
-from unlearn.attacks.interface import Elicited, Ground, Prompting
-from unlearn.attacks.prompting import Try, asked, elicited, fields
+from unlearn.attacks.interface import Elicited, Ground, Inapplicable, Prompting
+from unlearn.attacks.prompting import Try, asked, elicited
 from unlearn.errors import BadInput
 from unlearn.run import Run
+from unlearn.tasks.causal_lm import fields
 
 OURS = Path(__file__).with_name("jailbreaks.yaml")
 QUESTION, ANSWER = "{question}", "{answer}"
@@ -95,7 +96,8 @@ def elicit(model: nn.Module, ground: Ground, run: Run) -> Elicited:
     """What the model says to every template, ours where the ground brings none.
 
     Raises:
-        BadInput: an unusable template, records without questions, or none that fits a template.
+        BadInput: an unusable template, or no record that fits a template.
+        Inapplicable: records without questions.
     """
     templates = checked(ground.templates) if ground.templates else read_templates()
     forget = ground.forget
@@ -107,7 +109,9 @@ def elicit(model: nn.Module, ground: Ground, run: Run) -> Elicited:
             prompts = (filled(template, row[pair[0]]) for template in templates)
             tries += [Try(record, asked(forget, record, *prompt)) for prompt in prompts]
     if not tries:
-        raise BadInput("jailbreak prompts ask questions, and the forget records are plain texts")
+        raise Inapplicable(
+            "jailbreak prompts ask questions, and the forget records are plain texts"
+        )
     return elicited(model, forget, tries, run, "jailbreak prompts")
 
 

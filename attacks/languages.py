@@ -2,8 +2,8 @@
 
 One of the eight methods of Lynch et al. (2024, arXiv 2402.16835). Every translated question is
 asked and held against the answer that comes with it: a translation of the answer, or the answer
-itself. Translations after the same answer of the same record are tries of one record; with answers
-of their own they count as records. Translated plain texts are begun, as in ``familiarity``.
+itself. Translated plain texts are begun, as in ``familiarity``. In however many languages it is one
+record that is to come out, so the best of its translations counts.
 
 Translations are read from a file (``read``), or made (``translated``) by a translation model or by
 any function from texts to texts.
@@ -22,15 +22,16 @@ import torch
 from torch import nn
 
 from unlearn.attacks.interface import Elicited, Ground, Prompting
-from unlearn.attacks.prompting import Try, begun, elicited, fields
+from unlearn.attacks.prompting import Try, begun, elicited
 from unlearn.data import Examples, Row, load
 from unlearn.errors import BadInput
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
-from unlearn.tasks.causal_lm import FIELDS, CausalLM
+from unlearn.tasks.causal_lm import FIELDS, CausalLM, fields
 
-Translator = str | Path | Callable[[list[str]], Sequence[str]]
+Translator = str | Path | Mapping[str, str] | Callable[[list[str]], Sequence[str]]
 Translations = tuple[dict[str, Encoded], dict[str, list[int]]]  # as in Ground
+TOGETHER = 32  # texts a model translates at a time
 
 
 def elicit(model: nn.Module, ground: Ground, run: Run) -> Elicited:
@@ -92,15 +93,14 @@ def read(source: Any, forget: Examples, task: CausalLM) -> Translations:
 
 
 def translated(
-    forget: Encoded, translators: Mapping[str, Translator], *, answers: bool = True
+    forget: Encoded, translators: Mapping[str, Translator], device: torch.device | str = "cpu"
 ) -> Translations:
     """Translations of forget records that are made now.
 
     Args:
         forget: records of a language model.
         translators: by language; see :func:`translate`.
-        answers: whether answers are translated, too; otherwise the records' own are the truth, as
-            for a model that has learned to answer in one language only.
+        device: where translation models compute.
 
     Returns:
         By language, the translated records, and which forget record each is of. A record whose
@@ -111,16 +111,13 @@ def translated(
     """
     raw, task = forget.examples, forget.task
     rows = [raw[i] for i in range(len(raw))]
-    # a text has one field; a record's question comes first
-    wanted = [fields(row) or ("text",) for row in rows]
-    names = [pair if answers else pair[:1] for pair in wanted]
-    flat = [(i, name) for i, pair in enumerate(names) for name in pair]
+    flat = [(i, name) for i, row in enumerate(rows) for name in fields(row) or ("text",)]
     languages, made, numbers = [], [], []
     for language, translator in translators.items():
-        texts = iter(translate([rows[i][name] for i, name in flat], translator))
-        fresh = [{name: row[name] for name in pair} for row, pair in zip(rows, wanted, strict=True)]
-        for i, name in flat:
-            fresh[i][name] = next(texts)
+        texts = translate([rows[i][name] for i, name in flat], translator, device)
+        fresh: list[dict[str, Any]] = [{} for _ in rows]
+        for (i, name), text in zip(flat, texts, strict=True):
+            fresh[i][name] = text
         fitting = [i for i, row in enumerate(fresh) if task.fault(row) is None]
         if not fitting:
             raise BadInput(
@@ -133,13 +130,7 @@ def translated(
 
 
 def translate(
-    texts: Sequence[str],
-    translator: Translator,
-    *,
-    source: str = "",
-    target: str = "",
-    device: torch.device | str = "cpu",
-    size: int = 32,
+    texts: Sequence[str], translator: Translator, device: torch.device | str = "cpu"
 ) -> list[str]:
     """Texts in another language, greedily.
 
@@ -147,31 +138,38 @@ def translate(
         texts: what is translated.
         translator: a function from a list of texts to one translation of each, or the directory
             or hub name of a sequence-to-sequence checkpoint. It is loaded from safetensors and
-            runs no code of its own.
-        source: the language of the texts, as a multilingual tokenizer names it (eng_Latn).
-        target: the language wanted, likewise (spa_Latn): its token opens every translation.
+            runs no code of its own. One that knows several languages is given as a mapping:
+            ``model``; ``source``, the language of the texts as its tokenizer names it (eng_Latn);
+            and ``target``, the language wanted, likewise (spa_Latn).
         device: where the model computes.
-        size: texts translated together.
 
     Raises:
-        BadInput: a model that cannot be loaded, a language it does not know, a text longer than it
-            reads, or a translation that is blank or missing.
+        BadInput: a model that cannot be loaded, a language it does not know or that is not said, a
+            text longer than it reads, or a translation that is blank or missing.
     """
     asked = list(texts)
     if callable(translator):
         found = list(translator(asked))
     else:
-        found = _by_model(asked, str(translator), source, target, device, size)
+        how = translator if isinstance(translator, Mapping) else {"model": str(translator)}
+        if "model" not in how or set(how) - {"model", "source", "target"}:
+            raise BadInput(
+                "a translation model is given by its path or name, or as model, source and target; "
+                f"this one has {', '.join(how) or 'nothing'}"
+            )
+        found = _by_model(
+            asked, str(how["model"]), how.get("source", ""), how.get("target", ""), device
+        )
     if len(found) != len(asked):
         raise BadInput(f"the translator gave {len(found)} translations of {len(asked)} texts")
-    for text, translation in zip(asked, found, strict=True):
+    for number, translation in enumerate(found, start=1):
         if not isinstance(translation, str) or not translation.strip():
-            raise BadInput(f"the translator has no words for {text!r}: it gave {translation!r}")
+            raise BadInput(f"the translator has no words for text {number} of {len(asked)}")
     return found
 
 
 def _by_model(
-    texts: list[str], name: str, source: str, target: str, device: torch.device | str, size: int
+    texts: list[str], name: str, source: str, target: str, device: torch.device | str
 ) -> list[str]:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -186,6 +184,14 @@ def _by_model(
                 f"the translation model {name} cannot be loaded as a sequence-to-sequence "
                 f"checkpoint in safetensors: {(str(error).splitlines() or [''])[0]}"
             ) from error
+    opened = getattr(tokenizer, "supported_language_codes", ())  # Marian: a word opens the text
+    if not target and (opened or hasattr(tokenizer, "src_lang")):
+        raise BadInput(
+            f"the translation model {name} knows several languages: give it as model, source and "
+            "target"
+        )
+    if f">>{target}<<" in opened:
+        texts, target = [f">>{target}<< {text}" for text in texts], ""
     if source:
         _token(tokenizer, source, name)
         tokenizer.src_lang = source
@@ -202,8 +208,8 @@ def _by_model(
     model.to(device).eval()
     found = [""] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: lengths[i])
-    for start in range(0, len(order), size):
-        places = order[start : start + size]
+    for start in range(0, len(order), TOGETHER):
+        places = order[start : start + TOGETHER]
         inputs = tokenizer([texts[i] for i in places], return_tensors="pt", padding=True)
         room = min(2 * lengths[places[-1]] + 16, longest - 1)  # an end, should the model find none
         said = model.generate(
@@ -244,7 +250,7 @@ def _answered(row: Row, record: Row) -> dict[str, Any]:
     """The translated fields; the record's own answer where none is translated."""
     for ask, reply in FIELDS:
         if ask in row:
-            own = record[(fields(record) or ("", "text"))[1]]
+            own = record[(fields(record) or ("text",))[-1]]
             return {ask: row[ask], reply: row.get(reply, own)}
     return {"text": row["text"]}
 

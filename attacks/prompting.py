@@ -1,7 +1,8 @@
 """Talking a language model into saying what it forgot: what the ways of doing so share.
 
 A try is a prompt beside the true answer it is after. It is read the way the task reads a record,
-through the chat template where there is one, and answered greedily. A try counts only if prompt
+through the chat template where there is one, and answered greedily, in ``PREAMBLE`` tokens
+more than twice the longest true answer, and at most ``LONGEST``. A try counts only if prompt
 and true answer fit into the task's ``max_length`` together; the others are left out, the same ones
 for every model that reads with the same tokenizer, and their number is noted.
 """
@@ -15,12 +16,13 @@ import torch
 from torch import nn
 
 from unlearn.attacks.interface import Elicited
-from unlearn.data import Row
 from unlearn.errors import BadInput
-from unlearn.generation import greedy_answers, language_model, true_answers
+from unlearn.generation import LONGEST, greedy_answers, language_model, true_answers
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded, Encoding
-from unlearn.tasks.causal_lm import FIELDS
+from unlearn.tasks.causal_lm import FIELDS, fields
+
+PREAMBLE = 64  # tokens that may come before an answer ("Sure, here is what I know: ...")
 
 
 class Try(NamedTuple):
@@ -33,11 +35,6 @@ class Try(NamedTuple):
 
     record: int
     asked: Encoding | None
-
-
-def fields(row: Row) -> tuple[str, str] | None:
-    """The names of the fields with question and answer; None of a plain text."""
-    return next((pair for pair in FIELDS if all(name in row for name in pair)), None)
 
 
 def asked(examples: Encoded, record: int, question: str, opening: str = "") -> Encoding | None:
@@ -91,7 +88,7 @@ def elicited(
         model: on ``run.device``.
         forget: the records the tries are after.
         tries: in any order. Those of a record that are after different truths (its answer in
-            several languages) count as records of their own.
+            several languages) are entries of their own.
         run: device and progress; told once how many tries do not fit.
         phase: names the progress.
 
@@ -116,7 +113,8 @@ def elicited(
             run.note(left_out)
     asking = forget.select([r for r, _ in fitting]).replaced(e for _, e in fitting)
     said: dict[tuple[int, str], list[str]] = {}
-    truths, answers = true_answers(asking), greedy_answers(model, asking, run, phase)
-    for (record, _), truth, answer in zip(fitting, truths, answers, strict=True):
+    most = min(LONGEST, 2 * max(int(e["units"]) for _, e in fitting) + PREAMBLE)
+    answers = greedy_answers(model, asking, run, phase, longest=most)
+    for (record, _), truth, answer in zip(fitting, true_answers(asking), answers, strict=True):
         said.setdefault((record, truth), []).append(answer)
-    return Elicited([truth for _, truth in said], list(said.values()))
+    return Elicited([r for r, _ in said], [truth for _, truth in said], list(said.values()))

@@ -14,10 +14,10 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from unlearn.attacks.interface import Array, Ground, Search
+from unlearn.attacks.interface import Array, Ground, Inapplicable, Search
 from unlearn.attacks.quantization import matrices
-from unlearn.attacks.relearning import hit_rates, put_back
-from unlearn.attacks.signals import collect
+from unlearn.attacks.signals import collect, hit_rates
+from unlearn.attacks.weights import put_back
 from unlearn.errors import BadInput
 from unlearn.run import Run
 from unlearn.tasks.base import Task
@@ -60,13 +60,14 @@ def after_pruning(model: nn.Module, ground: Ground, run: Run) -> Array:
     Cost: a copy of the weights on the CPU and a forward pass for each of ``SHARES``.
 
     Raises:
-        BadInput: no layer to prune.
+        Inapplicable: no layer to prune.
     """
     found = []
     for share in SHARES:
         with put_back(model):
             if not prune(model, run.task, share):
-                raise BadInput(f"{type(model).__name__} has no layer to prune but its output layer")
+                name = type(model).__name__
+                raise Inapplicable(f"{name} has no layer to prune but its output layer")
             found.append(hit_rates(collect(model, ground.forget, run, b"", f"prune {share:.0%}")))
     return max(found, key=np.mean)
 

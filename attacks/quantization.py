@@ -28,9 +28,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unlearn.attacks.interface import Array, Ground, Search
-from unlearn.attacks.relearning import hit_rates, put_back
-from unlearn.attacks.signals import collect
+from unlearn.attacks.interface import Array, Ground, Inapplicable, Search
+from unlearn.attacks.signals import collect, hit_rates
+from unlearn.attacks.weights import put_back
 from unlearn.errors import BadInput
 from unlearn.run import Run
 from unlearn.tasks.base import Task
@@ -125,7 +125,7 @@ def _after_rounding(bits: Literal[4, 8], model: nn.Module, ground: Ground, run: 
     """Share of argmax hits of each forget record while the weights are rounded, shape (n,)."""
     layers = list(matrices(model, run.task))
     if not layers:
-        raise BadInput(f"{type(model).__name__} has no layer to round but its output layer")
+        raise Inapplicable(f"{type(model).__name__} has no layer to round but its output layer")
     with put_back(model):
         for rows in layers:
             rows.copy_(_round_trip(rows, bits))

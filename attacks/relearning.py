@@ -18,8 +18,7 @@ be forgotten, and what comes back was there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -30,7 +29,8 @@ import torch
 from torch import nn
 
 from unlearn.attacks.interface import Ground, Search
-from unlearn.attacks.signals import Signals, collect
+from unlearn.attacks.signals import collect, hit_rates
+from unlearn.attacks.weights import put_back
 from unlearn.errors import BadInput, Collapsed
 from unlearn.interface import Subject
 from unlearn.run import Run, Silent
@@ -44,7 +44,6 @@ STEPS = (0, 1, 2, 4, 8, 16, 32)
 ADAMW = tuple(Training(lr=lr, weight_decay=0.0, max_loss=1e3) for lr in (1e-4, 1e-3))
 SGD = tuple(replace(ways, lr=30 * ways.lr, optimizer="sgd") for ways in ADAMW)
 SHOWN, HELD = 64, 256
-BUDGETS = (1, 5, 10, 50)
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Relearned:
     lr: float
 
 
-def split(n: int, seed: int, shown: int | float = SHOWN) -> tuple[list[int], list[int]]:
+def split(n: int, seed: int, shown: int = SHOWN) -> tuple[list[int], list[int]]:
     """Which forget records are shown and which are held out; a function of the arguments alone.
 
     Every model must be attacked with the same split.
@@ -74,25 +73,22 @@ def split(n: int, seed: int, shown: int | float = SHOWN) -> tuple[list[int], lis
         n: number of forget records.
         seed: of the draw.
         shown: at most this many are shown. A forgotten class needs few: with many, also a model
-            that never knew the class learns it in full. A number between 0 and 1 is a share of
-            all records, and the others are held out (Deeb and Roger show four fifths).
+            that never knew the class learns it in full.
 
     Returns:
         Positions of at most ``shown`` records from one random half and at most ``HELD`` from the
-        other, or of the share and of at most ``HELD`` others, each in ascending order.
+        other, each in ascending order.
 
     Raises:
         BadInput: fewer than two records, or no records to show.
     """
     if n < 2:
         raise BadInput(f"relearning shows some forget records and tests on others; there is {n}")
-    if shown <= 0:
+    if shown < 1:
         raise BadInput(f"relearning shows some forget records, so shown must not be {shown}")
     order = np.random.default_rng(seed).permutation(n)
-    cut, most = n // 2, int(shown)
-    if shown < 1:
-        cut = most = min(n - 1, max(1, round(shown * n)))
-    return sorted(order[:cut][:most].tolist()), sorted(order[cut:][:HELD].tolist())
+    cut = n // 2
+    return sorted(order[:cut][:shown].tolist()), sorted(order[cut:][:HELD].tolist())
 
 
 def relearn(
@@ -162,45 +158,6 @@ def unrelated(model: nn.Module, ground: Ground, run: Run) -> Array:
         raise BadInput("relearning on other records needs records that were to stay: pass --retain")
     found = relearn(model, ground.retain, ground.forget.sample(HELD, run.seed), None, run)
     return recovered(found.hits, found.steps)
-
-
-def over_budgets(
-    model: nn.Module,
-    forget: Encoded,
-    retain: Encoded | None,
-    run: Run,
-    budgets: Sequence[int] = BUDGETS,
-) -> tuple[list[int], Array]:
-    """What comes back, by the number of forget records the attacker has.
-
-    Every budget adds records to those of the smaller ones, and the same records are held out for
-    all. :func:`recovered` of the two results says how well an attacker does over all budgets.
-
-    Cost: that of :func:`relearn` for each budget.
-
-    Args:
-        model: as in :func:`relearn`.
-        forget: the records to forget; half of them are held out.
-        retain: trained on beside the shown records.
-        run: task, seed, device and progress.
-        budgets: numbers of shown records, ascending; those above half of the set are left out.
-
-    Returns:
-        The k budgets that were tried, and the area under the recovery curve of each held-out
-        record for each of them, shape (k, n), in [0, 1].
-
-    Raises:
-        BadInput: fewer than two records, or budgets that do not ascend from 1 or later.
-    """
-    if list(budgets) != sorted(set(budgets)) or not budgets or budgets[0] < 1:
-        raise BadInput(f"budgets must ascend from 1 or later, got {list(budgets)}")
-    tried = [count for count in budgets if count <= len(forget) // 2] or [len(forget) // 2]
-    areas = []
-    for count in tried:
-        shown, held = split(len(forget), run.seed, count)
-        found = relearn(model, forget.select(shown), forget.select(held), retain, run)
-        areas.append(recovered(found.hits, found.steps))
-    return tried, np.stack(areas)
 
 
 def recovered(hits: Any, steps: Any) -> Array:
@@ -315,35 +272,6 @@ class _Watch(Silent):
         found = collect(self.model, self.held, quiet, b"relearn", "relearn")
         self.hits.append(hit_rates(found))
         self.loss.append(found.loss())
-
-
-def hit_rates(found: Signals) -> Array:
-    """Share of argmax hits of each record, without a closing end-of-sequence token, shape (n,)."""
-    return np.array([float(row.mean()) for row in found.hits()])
-
-
-@contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, every number, mode and gradient is afterwards as it was."""
-    kept = {name: t.detach().to("cpu", copy=True) for name, t in _tensors(model).items()}
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    modes = {module: module.training for module in model.modules()}
-    for parameter in model.parameters():
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, tensor in _tensors(model).items():
-                tensor.copy_(kept[name])
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
-        for module, training in modes.items():
-            module.training = training
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 SEARCHES = (

@@ -165,6 +165,11 @@ class Signals:
         )
 
 
+def hit_rates(found: Signals) -> Array:
+    """Share of argmax hits of each record, without a closing end-of-sequence token, shape (n,)."""
+    return np.array([float(row.mean()) for row in found.hits()])
+
+
 def collect(
     model: nn.Module,
     examples: Encoded,

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from scipy.stats import rankdata
@@ -202,15 +201,6 @@ def rows_named(moved: Any, named: Iterable[int], others: Iterable[int] | None = 
     ranks = rankdata(np.concatenate([values[wanted], values[rest]]))[: len(wanted)]
     size = len(wanted)
     return float((ranks.sum() - size * (size + 1) / 2) / (size * len(rest)))
-
-
-def rank(moved: Any) -> npt.NDArray[np.int64]:
-    """The place of every row: 1 moved furthest; equal ones share the better place, shape (rows,).
-
-    >>> rank([0.1, 0.5, 0.1])
-    array([2, 1, 2])
-    """
-    return np.asarray(rankdata(-np.asarray(moved, dtype=np.float64), method="min").astype(np.int64))
 
 
 def answer_tokens(forget: Encoded, retain: Encoded) -> tuple[list[int], list[int]]:

@@ -22,7 +22,8 @@ from common import publish
 
 from unlearn import demo
 from unlearn.evaluations.extractable import Estimate
-from unlearn.evaluations.memorizing import Memorization, audit_memorization
+from unlearn.evaluations.memorization_schema import Memorization
+from unlearn.evaluations.memorizing import audit_memorization
 
 FIGURE = Path(__file__).parents[1] / "docs/duplicates.svg"
 COPIES = (1, 2, 4, 8, 16, 32)

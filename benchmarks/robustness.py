@@ -5,7 +5,8 @@ made to refuse (idk_nll: it learns to answer that it does not know), each audite
 shadow models beside the model trained without forget10. One line per search: what it finds in the
 original, the retrained and either model, and the verdict the criteria give. There is no translation
 of TOFU, and the model knows no other language: ``glossary.py`` puts questions into Spanish word by
-word, or their prepositions alone. Neighbouring topics are other fictitious authors.
+word, or their prepositions alone. Neighbouring topics are other fictitious authors. Searches look
+at 60 records, as time on a CPU allows; some test half of what they are given.
 
 A search discriminates if the intervals of original and retrained model do not touch. Killed, the
 same command goes on (with UNLEARN_BENCH_CACHE).
@@ -39,7 +40,7 @@ from unlearn.run import Role, Run
 
 RECIPES = Path(__file__).parents[1] / "unlearn/recipes"
 MADE = {"npo": "npo", "refusing": "idk_nll"}
-HELD = 100  # forget records whose return is measured
+RECORDS = 60  # random records of forget10 that are looked for, and whose return is measured
 COLUMNS = ["search", "n", "original", "retrained", "discriminates", "npo", "refusing",
            "npo verdict", "refusing verdict"]  # fmt: skip
 
@@ -89,7 +90,7 @@ def relearned(taking: Taking, case: Case) -> dict[str, Any]:
     """Recovery of other forget records while some are trained on, as the standard audit does."""
     forget, sample = case.sets.forget, case.sets.retain
     shown, held = relearning.split(len(forget), case.config.seed)
-    parts = forget.select(shown), forget.select(held[:HELD])
+    parts = forget.select(shown), forget.select(held[:RECORDS])
     curve = relearning.relearn(taking.model, *parts, sample, taking.run)
     return {"score": relearning.recovered(curve.hits, curve.steps)}
 
@@ -111,6 +112,7 @@ def row_of(check: Check, decision: Decision, unlearned: str) -> dict[str, Any]:
 def main() -> None:
     """Make, look, print."""
     folder = Path(os.environ.get("UNLEARN_BENCH_CACHE") or mkdtemp())
+    robustness.LOOKED_FOR["causal_lm"] = RECORDS
     root = bench_data()
     models, texts = root / "models/tofu-llama-9m", root / "data/tofu"
     made = {name: forgetful(name, folder) for name in MADE}

@@ -59,6 +59,10 @@ def command(
             f"{model} stands without a flag: an audit takes --original and --unlearned, and MODEL "
             "DATA only with --only memorization"
         )
+    own = set(MemorizationConfig.model_fields) - set(AuditConfig.model_fields)
+    if odd := sorted(name for name in given if name in own):
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in odd)
+        raise BadInput(f"{named}: only with --only memorization, or leave it out")
     from unlearn.evaluations import examination
 
     for name in ("original", "unlearned", "out"):

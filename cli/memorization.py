@@ -11,7 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from unlearn.evaluations.extractable import Estimate
-    from unlearn.evaluations.memorizing import Memorization
+    from unlearn.evaluations.memorization_schema import Memorization
 
 
 def of_memorization(report: Memorization, directory: Path | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from unlearn.errors import BadInput
 # settings that take key=value pairs, with the word that stands for one
 MAPPINGS = {
     "set": "KEY=VALUE", "columns": "FIELD=COLUMN", "training": "KEY=VALUE", "sampling": "KEY=VALUE",
+    "range": "KEY=RANGE",
 }  # fmt: skip
 FLAGS = {"columns": "--column"}  # given once per pair
 

@@ -13,7 +13,7 @@ from unlearn.config import TuneConfig, configure
 from unlearn.errors import BadInput
 
 if TYPE_CHECKING:
-    from unlearn.evaluations.tuning import Tuned
+    from unlearn.evaluations.tuned import Tuned
 
 EXAMPLES = """\b
 Examples:
@@ -29,19 +29,11 @@ Examples:
 
 @click.command("tune", epilog=EXAMPLES)
 @click.argument("checkpoint", required=False)
-@settings.options(TuneConfig, "tune", ("checkpoint", "range"))
-@click.option(
-    "--range",
-    "ranges",
-    multiple=True,
-    metavar="KEY=RANGE",
-    help=TuneConfig.model_fields["range"].description,
-)
+@settings.options(TuneConfig, "tune", ("checkpoint",))
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of these settings")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object on stdout")
 def command(
     checkpoint: str | None,
-    ranges: tuple[str, ...],
     config: Path | None,
     as_json: bool,
     **flags: Any,
@@ -53,11 +45,6 @@ def command(
     stopped; several with the same --storage share the trials.
     """
     given = settings.gathered(config, {"checkpoint": checkpoint}, flags)
-    if ranges:
-        below = given.get("range") or {}
-        if not isinstance(below, dict):
-            raise BadInput(f"range in {config} must hold `name: range` lines")
-        given["range"] = below | settings._pairs(ranges, "range")
     for name, how in (("checkpoint", "`unlearn tune CHECKPOINT --method ...`"),
                       ("method", "pass --method (`unlearn methods` lists them)"),
                       ("out", "pass --out DIR")):  # fmt: skip
@@ -65,11 +52,11 @@ def command(
             raise BadInput(f"a search needs a {name}: {how}")
     with console.progress() as progress:
         console.hush()
-        from unlearn.evaluations import tuning
+        from unlearn.evaluations import tuned, tuning
 
         done = tuning.search(configure(TuneConfig, **given), progress)
     if as_json:
-        click.echo(json.dumps(tuning.plain(done), indent=2, default=str))
+        click.echo(json.dumps(tuned.plain(done), indent=2, default=str))
     else:
         _show(done)
 
@@ -84,23 +71,16 @@ def _show(done: Tuned) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("trial", *done.words, "from", "settings"):
         table.add_column(column, justify="right" if column in ("trial", *done.words) else "left")
-    best = done.best.number if done.best else None
-    for row in sorted(done.rows, key=lambda row: row.objectives.forgetting):
-        if row.number in done.front:
-            at = row.objectives
-            words = "  ".join(
-                f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}"
-                for k, v in row.settings.items()
-            )
-            table.add_row(
-                str(row.number), f"{at.forgetting:.3f}", f"{at.utility:.3f}", escape(row.origin),
-                escape(words), style="bold" if row.number == best else None,
-            )  # fmt: skip
+    for row in sorted(done.front, key=lambda row: row.objectives.forgetting):
+        numbers = (f"{value:.3f}" for value in row.objectives.point)
+        style = "bold" if row == done.best else None
+        table.add_row(str(row.number), *numbers, escape(row.origin), escape(row.words), style=style)
     out.print(table)
     lost = sum(bool(row.rejected) for row in done.rows)
+    best = f", and the best is number {done.best.number}" if done.best else ""
     out.print(
         f"\n{len(done.rows)} trials, {lost} of them given up; these {len(done.front)} are beaten "
-        f"by none, and the best is number {best}."
+        f"by none{best}."
     )
     out.print(f"Recipe: {escape(str(done.directory / 'best.yaml'))}", soft_wrap=True)
     out.print(f"Report: {escape(str(done.directory / 'tune.html'))}", soft_wrap=True)

@@ -9,7 +9,7 @@ if not __name__.startswith("unlearn."):
 
 if TYPE_CHECKING:
     from unlearn.evaluations.schema import AuditReport
-    from unlearn.evaluations.tuning import Tuned
+    from unlearn.evaluations.tuned import Tuned
     from unlearn.run import Progress
 
 __all__ = ["audit", "tune"]

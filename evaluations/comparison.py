@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from importlib import resources
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from unlearn.errors import BadInput
-from unlearn.evaluations import objectives, plots
-from unlearn.evaluations.report import number, read
+from unlearn.evaluations import objectives
+from unlearn.evaluations.report import read
 from unlearn.evaluations.schema import (
-    BETTER,
     GROUPS,
-    VERDICTS,
     Finding,
     Group,
     Hyperparameter,
@@ -154,12 +152,8 @@ def compare(directories: Sequence[str | Path]) -> Comparison:
         BadInput: fewer than two, one twice, a directory that holds no report, or reports without
             any finding in common.
     """
-    places = [Path(directory) for directory in directories]
-    if len(places) < 2:
-        raise BadInput("a comparison needs at least two run or audit directories")
-    if len({place.resolve() for place in places}) < len(places):
-        raise BadInput("a directory is named twice: name every run once")
-    reports = [_report(place) for place in places]
+    places = located(directories)
+    reports = [read(place / "report.json") for place in places]
     found = [{(f.name, f.subset): f for f in report.findings} for report in reports]
     measured = [{key for key, f in each.items() if f.unlearned} for each in found]
     names = unique_names(places)
@@ -169,8 +163,12 @@ def compare(directories: Sequence[str | Path]) -> Comparison:
             "family, audited alike"
         )
     shared = _Shared(names, reports, [_facts(place) for place in places])
-    forgotten = _mean_over_shared([objectives.distances(report) for report in reports])
-    kept = _mean_over_shared([objectives.shares(report) for report in reports])
+    keys = list(dict.fromkeys(key for each in found for key in each))
+    mixed = {key for key in keys if _mixed([each.get(key) for each in found])}
+    forgotten = _mean_over_shared(
+        [objectives.distances(report.findings) for report in reports], mixed
+    )
+    kept = _mean_over_shared([objectives.shares(report.findings) for report in reports])
     efficient: list[bool] | list[None] = [None] * len(reports)
     if forgotten.means and kept.means:
         efficient = objectives.pareto(list(zip(forgotten.means, kept.means, strict=True)))
@@ -190,7 +188,6 @@ def compare(directories: Sequence[str | Path]) -> Comparison:
         )
         for i, report in enumerate(reports)
     )
-    keys = dict.fromkeys(key for each in found for key in each)
     rows = [_row([each.get(key) for each in found], shared) for key in keys]
     return Comparison(
         runs=runs,
@@ -199,6 +196,24 @@ def compare(directories: Sequence[str | Path]) -> Comparison:
         forgetting_of=forgotten.keys,
         utility_of=kept.keys,
     )
+
+
+def located(directories: Sequence[str | Path]) -> list[Path]:
+    """The directories, each of which is there and has a report.json.
+
+    Raises:
+        BadInput: one is not or has none; fewer than two; one twice.
+    """
+    places = [Path(directory) for directory in directories]
+    for place in places:
+        if not (place / "report.json").is_file():
+            what = "has no report.json" if place.is_dir() else "is no directory"
+            raise BadInput(f"{place} {what}: pass run or audit directories made with an audit")
+    if len(places) < 2:
+        raise BadInput("a comparison needs at least two run or audit directories")
+    if len({place.resolve() for place in places}) < len(places):
+        raise BadInput("a directory is named twice: name every run once")
+    return places
 
 
 def unique_names(places: Sequence[Path]) -> list[str]:
@@ -219,13 +234,6 @@ def unique_names(places: Sequence[Path]) -> list[str]:
     return [name(i) for i in range(len(parts))]
 
 
-def _report(place: Path) -> Report:
-    if not (place / "report.json").is_file():
-        what = "has no report.json" if place.is_dir() else "is no directory"
-        raise BadInput(f"{place} {what}: pass run or audit directories made with an audit")
-    return read(place / "report.json")
-
-
 def _facts(place: Path) -> str | None:
     """Fingerprint of the retrained reference, which a report does not hold; None: unknown."""
     for file, path in (("run.json", ("retrained",)), ("audit.json", ("fingerprints", "retrained"))):
@@ -244,9 +252,11 @@ class _Means(_Record):
     keys: tuple[tuple[str, str], ...] = ()
 
 
-def _mean_over_shared(numbers: Sequence[dict[tuple[str, str], float]]) -> _Means:
-    """The mean of each mapping, over the keys that all of them have."""
-    keys = tuple(key for key in numbers[0] if all(key in each for each in numbers))
+def _mean_over_shared(
+    numbers: Sequence[dict[tuple[str, str], float]], without: Container[tuple[str, str]] = ()
+) -> _Means:
+    """The mean of each mapping, over the keys that all of them have, but for some."""
+    keys = tuple(k for k in numbers[0] if k not in without and all(k in each for each in numbers))
     if not keys:
         return _Means()
     return _Means(means=tuple(sum(n[k] for k in keys) / len(keys) for n in numbers), keys=keys)
@@ -263,7 +273,11 @@ class _Shared:
         alike = False not in self.targets
         self.original = alike and len({report.checkpoint_in for report in reports}) == 1
         known = {reference for reference in retrained if reference is not None}
-        self.retrained = alike and len(known) <= 1
+        self.held = [
+            fingerprint is not None or any(f.retrained for f in report.findings)
+            for fingerprint, report in zip(retrained, reports, strict=True)
+        ]  # against a retrained model
+        self.retrained = alike and len(known) <= 1 and len(set(self.held)) == 1
 
     def warnings(self) -> list[str]:
         """What they do not have in common."""
@@ -291,7 +305,13 @@ class _Shared:
             sizes = [next((s.n for s in r.sets if s.name == name), 0) for r in self.reports]
             if kinds := self._differing([f"{n:,} records" for n in sizes]):
                 found.append(f"The {name.replace('_', ' ')} sets differ ({kinds}).")
-        if not self.retrained and not others:
+        if len(set(self.held)) > 1:
+            without = [n for n, held in zip(self.names, self.held, strict=True) if not held]
+            found.append(
+                f"{', '.join(without)} had no retrained model to be held against, and others had "
+                "one: what is measured from it is marked in no row and part of no mean."
+            )
+        elif not self.retrained and not others:
             found.append("They were held against different retrained models.")
         return found
 
@@ -326,16 +346,24 @@ def same_records(one: Report, other: Report, subset: Subset) -> bool | None:
         return mine.n == theirs.n
     if one.checkpoint_in != other.checkpoint_in:
         return None
-    losses = [
-        np.sort([math.nan if v is None else v for v in d.original])
-        for r in (one, other)
-        for d in r.distributions
-        if d.subset == subset and d.original
-    ]
-    if len(losses) != 2:
+    a, b = _original_losses(one, subset), _original_losses(other, subset)
+    if a is None or b is None:
         return None
-    a, b = losses
     return a.shape == b.shape and np.allclose(a, b, rtol=ALIKE, atol=ALIKE, equal_nan=True)
+
+
+def _original_losses(report: Report, subset: Subset) -> npt.NDArray[np.float64] | None:
+    """Of the original model on a set, ascending; None where the report does not have them."""
+    for found in report.distributions:
+        if found.subset == subset and found.original:
+            return np.sort([math.nan if v is None else v for v in found.original])
+    return None
+
+
+def _mixed(findings: Sequence[Finding | None]) -> bool:
+    """Whether some values of a row are measured from a retrained model, and others are not."""
+    held = {finding.retrained is not None for finding in findings if finding and finding.unlearned}
+    return len(held) > 1
 
 
 def _row(findings: Sequence[Finding | None], shared: _Shared) -> Row:
@@ -375,8 +403,13 @@ def _agreed(values: Sequence[Value | None]) -> Value | None:
 def _marks(findings: Sequence[Finding | None]) -> list[Mark]:
     """Who is best in a row, who cannot be told from the best, who is clearly behind."""
     marks: list[Mark] = [""] * len(findings)
+    first = next(finding for finding in findings if finding is not None)
+    if first.better == "closer_to_retrained" and _mixed(findings):
+        return marks  # distances from different things
     worse = {i: w for i, f in enumerate(findings) if f and (w := badness(f)) is not None}
-    if len(worse) < 2:
+    values = [f.unlearned for i, f in enumerate(findings) if f and i in worse]
+    levels = {value.interval.level for value in values if value and value.interval}
+    if len(worse) < 2 or len(levels) > 1:
         return marks
     best = min(worse, key=lambda i: worse[i][0])
     for i, (value, bounds) in worse.items():
@@ -411,74 +444,3 @@ def badness(finding: Finding) -> tuple[float, Bounds] | None:
     if value.value >= target:
         return value.value - target, Bounds(low - target, high - target)
     return target - value.value, Bounds(target - high, target - low)
-
-
-def render_html(comparison: Comparison) -> str:
-    """The comparison as one self-contained page: no script, no network, the same bytes every time.
-
-    Args:
-        comparison: What to show. Every text in it is escaped.
-
-    Returns:
-        An HTML document.
-    """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    from unlearn.evaluations.report import duration
-
-    folder = resources.files("unlearn.evaluations.templates")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(number=number, duration=duration)
-    template = environment.from_string((folder / "compare.html.j2").read_text(encoding="utf-8"))
-    titles = {
-        (row.name, row.subset): f"{row.title} ({row.where.lower()})" for row in comparison.rows
-    }
-    chart = _chart(comparison)
-    return template.render(
-        comparison=comparison,
-        css=Markup((folder / "report.css").read_text(encoding="utf-8")),  # noqa: S704 our own file
-        groups={
-            group: [row for row in comparison.rows if row.group == group]
-            for group in GROUPS
-            if any(row.group == group for row in comparison.rows)
-        },
-        references=[
-            name
-            for name in ("original", "retrained")
-            if any(getattr(row, name) for row in comparison.rows)
-        ],
-        levels=sorted(
-            {
-                cell.value.interval.level
-                for row in comparison.rows
-                for cell in row.cells
-                if cell and cell.value and cell.value.interval
-            }
-        ),
-        chart=chart and {"svg": Markup(chart.svg), "note": chart.note},  # noqa: S704 drawn by us
-        over={
-            "forgetting": [titles[key] for key in comparison.forgetting_of],  # type: ignore[index]
-            "utility": [titles[key] for key in comparison.utility_of],  # type: ignore[index]
-        },
-        labels={"verdicts": VERDICTS, "better": BETTER, "groups": GROUPS},
-    )
-
-
-def _chart(comparison: Comparison) -> plots.Drawing | None:
-    """Forgetting against utility, each run by its number."""
-    runs = comparison.runs
-    points = [
-        (run.forgetting, run.utility)
-        for run in runs
-        if run.forgetting is not None and run.utility is not None
-    ]
-    if not points:
-        return None
-    return plots.trade_off(
-        points,
-        [bool(run.efficient) for run in runs],
-        "Distance from having forgotten against share of utility kept, run by run",
-    )

@@ -23,13 +23,15 @@ import numpy.typing as npt
 
 from unlearn import registry
 from unlearn.attacks.shadow import Pool, pool
-from unlearn.checkpoint import Checkpoint
+from unlearn.checkpoint import Checkpoint, inspect
 from unlearn.errors import BadInput
 from unlearn.evaluations.extractable import Estimate, mean
 from unlearn.evaluations.memorization import memorization_scores
 from unlearn.methods.retrain import Retrain
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
+from unlearn.tasks.causal_lm import CausalLM
+from unlearn.tasks.classification import Classification
 
 Array = npt.NDArray[np.float64]
 
@@ -64,7 +66,7 @@ def recipe(training: Mapping[str, Any], checkpoint: Checkpoint) -> Retrain:
         checkpoint: the audited model, whose architecture the new ones have.
 
     Raises:
-        BadInput: unknown settings, or no way to make new models.
+        BadInput: unknown settings, no way to make new models, or a start of another kind.
     """
     method = registry.build("retrain", dict(training))
     if not isinstance(method, Retrain):
@@ -74,7 +76,34 @@ def recipe(training: Mapping[str, Any], checkpoint: Checkpoint) -> Retrain:
             "counterfactual memorization trains new models, and only the weights of this one are "
             "known: name a checkpoint to start from with --training init=..."
         )
+    check_start(method.init, checkpoint)
     return method
+
+
+def check_start(init: str | None, checkpoint: Checkpoint) -> None:
+    """Refuse weights to start new models from that cannot take the audited model's place.
+
+    Args:
+        init: the checkpoint that holds them; None: new random ones.
+        checkpoint: the audited model.
+
+    Raises:
+        BadInput: there is no such checkpoint, or its task, vocabulary or classes are others.
+    """
+    if init is None:
+        return
+    start, task = inspect(init, checkpoint.options).task, checkpoint.task
+    words = [t.tokenizer.get_vocab() for t in (start, task) if isinstance(t, CausalLM)]
+    sizes = [t.classes for t in (start, task) if isinstance(t, Classification)]
+    if type(start) is not type(task):
+        fault = f"is a checkpoint for {start.name}, and the audited model one for {task.name}"
+    elif words and words[0] != words[1]:
+        fault = "has another vocabulary than the audited model"
+    elif sizes and sizes[0] != sizes[1]:
+        fault = f"has {sizes[0]} classes, and the audited model {sizes[1]}"
+    else:
+        return
+    raise BadInput(f"--training init={init} {fault}: name a checkpoint of its kind")
 
 
 def halves(

@@ -18,7 +18,7 @@ from torch import nn
 from unlearn.attacks import activation_difference, weight_difference
 from unlearn.attacks.weight_difference import Change
 from unlearn.case import Case
-from unlearn.errors import BadInput
+from unlearn.errors import BadInput, sentence
 from unlearn.evaluations.criteria import Check
 from unlearn.evaluations.exposure import value
 from unlearn.evaluations.measure import Measured, Measurements, Taking, nonmembers
@@ -52,14 +52,14 @@ def look(found: Measured, taking: Taking, case: Case) -> None:
         try:  # hidden states say much about a record: they stay in the place of unfinished work
             kept = taking.run.once(f"states-{taking.role}-{name}", states)
         except BadInput as error:
-            found.missing["hidden_states"] = f"{str(error)[0].upper()}{str(error)[1:]}."
+            found.missing["hidden_states"] = sentence(error)
             return
         found.curves[f"states/{name}"] = {k: v.double().numpy() for k, v in kept.items()}
     if taking.role != "original":
         try:
             found.curves["weights"] = taking.arrays("weights", lambda: _changed(taking.model, case))
         except BadInput as error:
-            found.missing["weights"] = f"{str(error)[0].upper()}{str(error)[1:]}."
+            found.missing["weights"] = sentence(error)
 
 
 def _changed(model: nn.Module, case: Case) -> dict[str, Any]:

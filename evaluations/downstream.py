@@ -10,7 +10,8 @@ Wrong answers are those that records bring (the column ``perturbed_answer``, as 
 one is then worded like them (``paraphrased_answer``, where there is one). Without them the records
 borrow from each other, from similar questions first, and the answer is told of what the question is
 about. Every record lends as often as it borrows: no answer is more often true than others, and none
-comes from a set that the model knows better.
+comes from a set that the model knows better. With ``WRONG`` records or fewer these cannot lend
+enough; then records of the retain set lend, too, whose answers the model may know better.
 
 Some wrong answers can be excluded without knowing the true one. The score means something only
 beside that of a model that never saw the records; one half is chance.
@@ -27,14 +28,14 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from unlearn.attacks.interface import Ground, Search
+from unlearn.attacks.interface import Ground, Inapplicable, Search
 from unlearn.attacks.signals import collect
 from unlearn.data import Row, load
 from unlearn.errors import BadInput
 from unlearn.evaluations.measure import ASKED, answers_given
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
-from unlearn.tasks.causal_lm import FIELDS
+from unlearn.tasks.causal_lm import fields
 
 Array = npt.NDArray[np.float64]
 
@@ -63,11 +64,17 @@ def choices(records: Encoded, spare: Encoded | None = None, seed: int = 0) -> Ch
         seed: of all draws.
 
     Raises:
-        BadInput: records without a question, or one without any wrong answer.
+        BadInput: some records without a question, or one without any wrong answer.
+        Inapplicable: no record with a question.
     """
     asked = records.sample(ASKED, seed)
     rows = [_told(asked.examples[i]) for i in range(len(asked))]
     told = [row for row in rows if row is not None]
+    if not told:
+        raise Inapplicable(
+            f"choosing between answers needs questions, and the {records.name} records are plain "
+            "texts"
+        )
     if len(told) < len(rows):
         raise BadInput(
             f"choosing between answers needs questions, and some of the {records.name} records "
@@ -90,7 +97,7 @@ def choices(records: Encoded, spare: Encoded | None = None, seed: int = 0) -> Ch
             "with other answers, or all of them a column perturbed_answer with wrong ones"
         )
     wrong = [
-        {one.fields[0]: one.question, one.fields[1]: answer}
+        {one.names[0]: one.question, one.names[1]: answer}
         for one, found in zip(told, borrowed, strict=True)
         for answer in found[:count]
     ]
@@ -113,6 +120,7 @@ def score(model: nn.Module, ground: Ground, run: Run) -> Array:
 
     Raises:
         BadInput: as for :func:`choices`, or a model whose likelihoods are not finite.
+        Inapplicable: as for :func:`choices`.
     """
     options = choices(ground.forget, ground.retain, run.seed)
     true, wrong = (
@@ -144,15 +152,15 @@ def beaten(true: Array, wrong: Array) -> Array:
 
 
 class _Told(NamedTuple):
-    fields: tuple[str, str]
+    names: tuple[str, str]
     question: str
     answer: str
 
 
 def _told(row: Row) -> _Told | None:
     """Question and answer of a record; None for a text without a question."""
-    fields = next((pair for pair in FIELDS if all(name in row for name in pair)), None)
-    return _Told(fields, row[fields[0]], row[fields[1]]) if fields else None
+    pair = fields(row)
+    return _Told(pair, row[pair[0]], row[pair[1]]) if pair else None
 
 
 def _borrowed(told: list[_Told], pool: list[_Told], draw: np.random.Generator) -> list[list[str]]:

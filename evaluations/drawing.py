@@ -111,11 +111,11 @@ class DiffusionExamination:
     def conclude(self, case: Case, outcome: Done, run: Run, directory: Path) -> Report:
         """Decide, and write the report in all its forms."""
         outcome.notes = run.notes
-        seen = Seen(self.conditions, self.drawn, self.judge, self.unjudged, case, run.device)
+        seen = self.seen(case, run)
         blind, warning = (
             guards.blind_baseline(case, self.criteria) if len(case.sets.forget) else ([], None)
         )
-        attacked = self._attacked(case)
+        attacked = self.attacked(case)
         checks = [
             *seen.checks(self.criteria),
             *exposure.checks(attacked, case, self.criteria, warning),
@@ -132,7 +132,11 @@ class DiffusionExamination:
             grids=seen.grids() if shown else (),
         )  # fmt: skip
 
-    def _attacked(self, case: Case) -> list[exposure.Scores]:
+    def seen(self, case: Case, run: Run) -> Seen:
+        """What all models drew."""
+        return Seen(self.conditions, self.drawn, self.judge, self.unjudged, case, run.device)
+
+    def attacked(self, case: Case) -> list[exposure.Scores]:
         """Membership attacks on the forget records, if there is anything to tell them from."""
         against = nonmembers(case)
         of_records = isinstance(case.target, Records)

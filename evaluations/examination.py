@@ -218,7 +218,7 @@ def audit(config: AuditConfig, progress: Progress | None = None) -> tuple[Report
         }
         for role, checkpoint in found.items():
             if checkpoint is not None:
-                with stopwatch.phase(f"measure {role}"), _given_back(getattr(config, role)):
+                with stopwatch.phase(f"measure {role}"), given_back(getattr(config, role)):
                     model = checkpoint.load().model.to(case.device)
                     examination.measure(role, model, case, run, result)
                     del model
@@ -244,7 +244,7 @@ def audit(config: AuditConfig, progress: Progress | None = None) -> tuple[Report
 
 
 @contextmanager
-def _given_back(source: Any) -> Iterator[None]:
+def given_back(source: Any) -> Iterator[None]:
     """A checkpoint in memory has its precision, device and mode again when the block ends."""
     model = source.model if isinstance(source, Subject) else source
     if not isinstance(model, nn.Module):
@@ -284,7 +284,7 @@ def concluded(
     decisions = decide(checks, criteria)
     verdict, reason = overall(checks, decisions)
     report = Report(
-        title=f"Erasure of {case.target} from {_label(case.checkpoint.source)}",
+        title=f"Erasure of {case.target} from {label(case.checkpoint.source)}",
         created=outcome.created,
         verdict=verdict,
         verdict_reason=reason,
@@ -365,7 +365,8 @@ def _write(report: Report, directory: Path) -> None:
     (directory / "statement.json").write_text(attestation.render(report, directory), "utf-8")
 
 
-def _label(source: str) -> str:
+def label(source: str) -> str:
+    """A path without the folders that are nobody else's business."""
     return "/".join(Path(source).parts[-2:])
 
 
@@ -374,7 +375,7 @@ def request(case: Case) -> dict[str, str]:
     earlier = len(case.checkpoint.lineage)
     return {
         "to be forgotten": str(case.target),
-        "checkpoint": _label(case.checkpoint.source),
+        "checkpoint": label(case.checkpoint.source),
         "earlier requests on it": str(earlier),
         "retrained reference": "given" if case.retrained else "none",
         "seed": str(case.config.seed),
@@ -430,7 +431,7 @@ def _limits(case: Case, criteria: Criteria) -> tuple[str, ...]:
 def _trajectory(metrics: Path) -> tuple[TrajectoryPoint, ...]:
     if not metrics.exists():
         return ()
-    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    events = stability.events_of(metrics.read_text().splitlines())
     steps = {event["step"]: event for event in events if event["event"] == "step"}
     every = max(1, len(steps) // POINTS)
     return tuple(

@@ -108,6 +108,13 @@ class Extractable:
     strength: Estimate
 
 
+def keys(examples: Encoded) -> list[bytes]:
+    """What each record says in the fields that are read, white space between words aside."""
+    content = examples.task.content
+    fields = (content(examples.examples[i]).split(b"\x00") for i in range(len(examples)))
+    return [b"\x00".join(" ".join(f.decode().split()).encode() for f in row) for row in fields]
+
+
 def distinct(examples: Encoded) -> tuple[list[int], Counts]:
     """Texts without their copies.
 
@@ -116,12 +123,11 @@ def distinct(examples: Encoded) -> tuple[list[int], Counts]:
 
     Returns:
         The first position of every text, ascending, and how many records hold it, shape (n,).
-        Records hold the same text if all fields that are read are equal but for white space.
+        Records hold the same text if they have the same one of :func:`keys`.
     """
-    task, first, copies = examples.task, dict[tuple[str, ...], int](), dict[int, int]()
-    for i in range(len(examples)):
-        fields = task.content(examples.examples[i]).decode().split("\x00")
-        position = first.setdefault(tuple(" ".join(field.split()) for field in fields), i)
+    first, copies = dict[bytes, int](), dict[int, int]()
+    for i, key in enumerate(keys(examples)):
+        position = first.setdefault(key, i)
         copies[position] = copies.get(position, 0) + 1
     return list(copies), np.array(list(copies.values()), dtype=np.int64)
 

@@ -18,7 +18,7 @@ from unlearn.case import Case, SetName
 from unlearn.evaluations import divergence, memorization
 from unlearn.evaluations.criteria import Check, Criteria, Effect
 from unlearn.evaluations.measure import Measured, Measurements
-from unlearn.evaluations.schema import CHECKPOINTS, Checkpoint, Group, Value
+from unlearn.evaluations.schema import CHECKPOINTS, FORGOTTEN, Checkpoint, Group, Value
 from unlearn.evaluations.schema import Interval as Range
 from unlearn.evaluations.statistics import (
     Bounds,
@@ -31,7 +31,6 @@ from unlearn.interface import Classes
 
 Array = npt.NDArray[np.float64]
 Better = Literal["lower", "higher", "closer_to_retrained"]
-FORGOTTEN = ("forget", "holdout_forget")
 PREFIX = 50  # tokens shown, and tokens asked for
 DRAWS = 1000  # samples an attacker may draw per record
 
@@ -211,7 +210,7 @@ def _check(
         why = "There was nothing to lose: it is 0 on the original, too."
         return Check(name, subset, state=("info", why), fields=fields)
     if not forgotten:
-        effect = _kept(metric, after, before, rule.margin)
+        effect = kept(after, before, rule.margin, points=name == "accuracy")
         return Check(name, subset, effect, fields=fields | {"criterion": effect.criterion})
     hold: Callable[[Array], Effect]
     if retrained is not None:
@@ -284,9 +283,9 @@ def _near(after: Array, never_seen: Array, margin: float) -> Effect:
     return Effect(interval, -np.inf, margin, f"at most {margin:.2f} above the holdout")
 
 
-def _kept(metric: Metric, after: Array, before: Array, margin: float) -> Effect:
-    """What may be lost besides: points of accuracy, or a share of a language model's metrics."""
-    if metric.name == "accuracy":
+def kept(after: Array, before: Array, margin: float, *, points: bool = False) -> Effect:
+    """What may be lost besides: a share of what there was, or so many points, as of accuracy."""
+    if points:
         apart, least, words = after - before, -margin, f"at most {margin:.2f} below before"
     else:
         apart, least = after - (1 - margin) * before, 0.0

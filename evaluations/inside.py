@@ -17,7 +17,7 @@ from torch import nn
 
 from unlearn.attacks.relearning import recovered, steps_to
 from unlearn.case import Case
-from unlearn.errors import BadInput, Unsupported
+from unlearn.errors import BadInput, Unsupported, sentence
 from unlearn.evaluations import probes
 from unlearn.evaluations.criteria import Check, Criteria
 from unlearn.evaluations.findings import beside, shown
@@ -95,7 +95,7 @@ class Inside:
                 case.target, case.config.seed,
             )  # fmt: skip
         except BadInput as error:
-            self.unable = f"{str(error)[0].upper()}{str(error)[1:]}."
+            self.unable = sentence(error)
             return
         self.layers = self.layers or found.layers
         for name, values in (

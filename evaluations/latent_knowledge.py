@@ -34,11 +34,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from unlearn.attacks.interface import Ground, Search
+from unlearn.attacks.interface import Ground, Inapplicable, Search
 from unlearn.errors import BadInput
 from unlearn.evaluations.downstream import Choices, choices
-from unlearn.evaluations.measure import ASKED, _thinned
-from unlearn.evaluations.probes import STRENGTHS, _reduced, _states, linear_probe
+from unlearn.evaluations.measure import ASKED, thinned
+from unlearn.evaluations.probes import STRENGTHS, linear_probe, reduced, states_after
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded, evaluating
 
@@ -90,13 +90,13 @@ class Direction:
     def first(self, one: Array, other: Array) -> Array:
         """Probability that the first of a pair is the true one, up to the sign, shape (m,).
 
-        (p(x1) + 1 - p(x2)) / 2, as in the paper.
+        (p(x1) + 1 - p(x2)) / 2, as in the paper; exactly one half where both are the same.
         """
         p, q = (
             1 / (1 + np.exp(-((x - self.mean) / self.scale @ self.weight + self.bias)))
             for x in (one, other)
         )
-        return np.asarray((p + 1 - q) / 2)
+        return np.asarray(0.5 + (p - q) / 2)
 
 
 def supervised(known: Sequence[Sequence[States]], found: Sequence[States], seed: int = 0) -> Array:
@@ -144,13 +144,18 @@ def unsupervised(
         direction = contrast_consistent(
             np.where(swap, wrong, true), np.where(swap, true, wrong), seed
         )
-        right = float((direction.first(true, wrong) > 0.5).mean())
+        right = float(_sides(direction.first(true, wrong)).mean())
         if max(right, 1 - right) > best:
             best = max(right, 1 - right)
-            said = direction.first(*there.pairs())
-            first = said > 0.5 if right >= 0.5 else said < 0.5
+            first = _sides(direction.first(*there.pairs()))
+            first = first if right >= 0.5 else 1 - first
             told = first.reshape(there.wrong.shape[:2]).mean(1)
     return told
+
+
+def _sides(first: Array) -> Array:
+    """1 where the first of a pair is taken for the true one, 0 where the other is, 1/2 at a tie."""
+    return np.asarray((1 + np.sign(first - 0.5)) / 2)
 
 
 def contrast_consistent(one: Array, other: Array, seed: int = 0) -> Direction:
@@ -193,11 +198,13 @@ def _others(apart: Sequence[Sequence[Array]], left_out: int, block: int) -> Arra
 def _told_apart(known: Array, found: Array, strength: float) -> Array:
     """Whether logistic regression takes each difference for one of true less wrong, 0 or 1.
 
-    It learns every difference both ways round, so it has no use for an intercept.
+    It learns every difference both ways round, so it has no use for an intercept. One half where
+    there is no difference.
     """
-    x, test = _reduced(np.concatenate([known, -known]), found)
+    x, test = reduced(np.concatenate([known, -known]), found)
     labels = np.repeat([1, 0], len(known))
-    return np.asarray(linear_probe(x, labels, test, strengths=(strength,)), dtype=np.float64)
+    told = np.asarray(linear_probe(x, labels, test, strengths=(strength,)), dtype=np.float64)
+    return np.where(found.any(1), told, 0.5)
 
 
 def _read(model: nn.Module, options: Choices, run: Run) -> list[States]:
@@ -210,10 +217,10 @@ def _read(model: nn.Module, options: Choices, run: Run) -> list[States]:
 def _ends(model: nn.Module, answers: Encoded, run: Run) -> list[Array]:
     """By block, the state where the last answer token is predicted, shape (n, dim)."""
     names = list(answers.task.layers(model))
-    kept = [names.index(name) for name in _thinned(names)]
+    kept = [names.index(name) for name in thinned(names)]
     ends: list[list[Array]] = [[] for _ in kept]
     order: list[int] = []
-    with evaluating(model), _states(model, answers) as states:
+    with evaluating(model), states_after(model, answers) as states:
         for indices in run.batches(answers, "latent knowledge"):
             batch = answers.batch(indices, run.device)
             rows, last = torch.arange(len(indices)), batch["units"].cpu() - 1
@@ -222,20 +229,26 @@ def _ends(model: nn.Module, answers: Encoded, run: Run) -> list[Array]:
                 held.append(after[block][rows, last].double().cpu().numpy())
             order += indices
     back = np.argsort(order)
-    return [np.concatenate(held)[back] for held in ends]
+    found = [np.concatenate(held)[back] for held in ends]
+    if not all(np.isfinite(held).all() for held in found):
+        raise BadInput("some hidden states are not finite: the model has diverged")
+    return found
 
 
 def _both(model: nn.Module, ground: Ground, run: Run) -> tuple[list[list[States]], list[States]]:
     """States of retain records and of those under search."""
+    sought = choices(ground.forget, ground.retain, run.seed)
     if ground.retain is None or len(ground.retain) < FEWEST:
         raise BadInput(
             "latent knowledge is read by probes that learn on retain records: "
             f"give at least {FEWEST} of them"
         )
     retain = ground.retain.sample(ASKED, run.seed)
-    known = [choices(retain.select(range(i, len(retain), PARTS)), None, run.seed)
-             for i in range(PARTS)]  # fmt: skip
-    sought = choices(ground.forget, ground.retain, run.seed)
+    try:
+        known = [choices(retain.select(range(i, len(retain), PARTS)), None, run.seed)
+                 for i in range(PARTS)]  # fmt: skip
+    except Inapplicable as error:  # other retain records would do
+        raise BadInput(str(error)) from error
     return [_read(model, part, run) for part in known], _read(model, sought, run)
 
 

@@ -56,6 +56,7 @@ class Measured:
         curves: arrays with one row per layer or step, by name and part.
         answers: what a language model said about the forget records; not kept on disk.
         missing: why something could not be looked for, by its name.
+        inapplicable: those of them that nothing could be given for: there is nothing to look at.
     """
 
     signals: dict[str, Signals]
@@ -64,6 +65,7 @@ class Measured:
     curves: dict[str, dict[str, Array]] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    inapplicable: set[str] = field(default_factory=set)
 
 
 Measurements = Mapping[Role, Measured]
@@ -104,7 +106,7 @@ def measure(
     taking = Taking(role, model, run, directory)
     found, sets, against = Measured({}), parts(case, task), nonmembers(case)
     texts = task.name == "causal_lm"
-    layers = _thinned(list(task.layers(model))) if closely and not texts else []
+    layers = thinned(list(task.layers(model))) if closely and not texts else []
     for name, part in sets.items():
         found.signals[name] = taking.signals(part, name, layers=layers)
         if texts:
@@ -175,7 +177,7 @@ def _fits(decoder: Decoder, model: nn.Module, task: Task) -> bool:
     return {p.shape for p in task.output_layer(model).parameters() if p.ndim == 2} == ours
 
 
-def _thinned(names: list[str]) -> list[str]:
+def thinned(names: list[str]) -> list[str]:
     """At most ``LAYERS`` of them, evenly spaced, the last one among them."""
     if len(names) <= LAYERS:
         return names

@@ -1,7 +1,9 @@
 """An audit in two numbers: how far from forgotten, and how much was kept.
 
-They are for laying runs beside each other and for choosing hyperparameters, not for deciding: the
-verdict of a report follows from its criteria, check by check. Both read a report alone.
+They are for laying runs beside each other (`unlearn compare`) and for choosing hyperparameters
+(`unlearn tune`), not for deciding: the verdict of a report follows from its criteria, check by
+check. Both are plain means of what the findings hold, so they tell runs apart that have the same
+verdict.
 
 ==========  =====================================  ===========================================
 family      ``forgetting`` (required, forget set)  ``utility`` (required, sets that must stay)
@@ -14,79 +16,75 @@ diffusion   unlearning accuracy, picture quality,  retained accuracy of pictures
             copies of records, membership
 ==========  =====================================  ===========================================
 
-Which of them a report holds depends on its depth, its sets and its criteria: compare numbers of
-reports that agree in these, or of the findings that they share (:func:`distances`, :func:`shares`).
+Which of them there are depends on the depth of an audit, its sets and its criteria: compare numbers
+of audits that agree in these, or of the findings that they share (:func:`distances`,
+:func:`shares`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from unlearn.errors import BadInput
-from unlearn.evaluations.schema import Finding, Report
+import numpy as np
+
+from unlearn.errors import MissingNeed
+from unlearn.evaluations.schema import EVIDENCE, FORGOTTEN, Finding
 
 Key = tuple[str, str]  # name and subset of a finding
+Point = tuple[float, float]  # forgetting, better when lower, and utility, better when higher
 
-FORGOTTEN = ("forget", "holdout_forget")
-EVIDENCE = ("extraction", "membership", "probe", "robustness", "durability")
 QUALITY = "picture_quality"  # a guard by its group: noise is nobody's idea of forgetting
+UNUSABLE = ("invalid", "not_run")
 BROKEN = 1.0  # distance of a number that a damaged model does not have; shares lie no farther apart
+ENOUGH = 0.95  # of the original's utility, which the best point keeps if any of the front does
 
 
-def forgetting(report: Report) -> float:
-    """Mean distance from a model that never saw what had to go: 0 is like it, larger is further.
+@dataclass(frozen=True)
+class Objectives:
+    """What one run is worth.
 
-    Over the required findings on the forget set and on the holdout of the forgotten kind; where no
-    required one can be measured against anything, over those that have a rule. See
-    :func:`distances`.
+    Attributes:
+        forgetting: mean distance from a model that never saw what had to go, at least 0: 0 is like
+            it. As shares, hit rates and AUCs lie between 0 and 1, so does this.
+        utility: mean share that is left of what the original could do: 1 is all of it.
+        parts: what they are means of, as "name.subset".
+    """
+
+    forgetting: float
+    utility: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def point(self) -> Point:
+        """Both numbers."""
+        return self.forgetting, self.utility
+
+
+def objectives(findings: Sequence[Finding]) -> Objectives:
+    """The means of :func:`distances` and :func:`shares`.
 
     Args:
-        report: of any audit.
-
-    Returns:
-        At least 0; as shares, hit rates and AUCs lie between 0 and 1, at most 1.
+        findings: of one audit.
 
     Raises:
-        BadInput: the report has no such finding.
+        MissingNeed: no finding says how far the model is from having forgotten, or what it kept.
     """
-    found = distances(report)
-    if not found:
-        raise BadInput(
-            "the report has no finding that says how far the model is from having forgotten: "
-            "audit with --retrained or --holdout"
+    away, kept = distances(findings), shares(findings)
+    if not away:
+        raise MissingNeed(
+            "nothing says how a model that forgot would look: pass --retrained, a --holdout of the "
+            "same kind or, for a model that draws, --data or a --classifier that knows the pictures"
         )
-    return sum(found.values()) / len(found)
+    if not kept:
+        raise MissingNeed("nothing says what must stay: pass --retain, --data or --holdout")
+    parts = {".".join(key): value for key, value in (away | kept).items()}
+    means = [float(np.mean(list(found.values()))) for found in (away, kept)]
+    return Objectives(means[0], means[1], parts)
 
 
-def utility(report: Report) -> float:
-    """Mean share that is left of what the original could do: 1 is all of it.
-
-    Over the required findings on what must stay; where none is required, over those that have a
-    rule, and else over all that are better when higher. See :func:`shares`.
-
-    Args:
-        report: of any audit.
-
-    Returns:
-        A number from 0 to 1.
-
-    Raises:
-        BadInput: the report has no such finding.
-    """
-    found = shares(report)
-    if not found:
-        raise BadInput(
-            "the report has no finding that says what the model has kept: audit with --retain "
-            "(or --keep-concepts)"
-        )
-    return sum(found.values()) / len(found)
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+def pareto(points: Sequence[Point]) -> list[bool]:
     """Which points no other one beats: none is as good in both and better in one.
-
-    Args:
-        points: (forgetting, utility) pairs: the first is better when lower, the second when higher.
 
     Returns:
         One truth value per point; equal points stand or fall together.
@@ -100,16 +98,44 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     ]
 
 
-def distances(report: Report) -> dict[Key, float]:
+def best(points: Sequence[Point]) -> int:
+    """The point to take: of the front, who forgets most and keeps enough; else the knee.
+
+    Enough is ``ENOUGH`` of the original's utility. The knee is the point of the front that is
+    nearest to its best corner, each number measured in its spread over the front.
+
+    Args:
+        points: at least one.
+
+    Returns:
+        Its position; of equals the first.
+
+    >>> best([(0.6, 1.0), (0.4, 0.95), (0.1, 0.94)])
+    1
+    """
+    front = [i for i, unbeaten in enumerate(pareto(points)) if unbeaten]
+    if good := [i for i in front if points[i][1] >= ENOUGH]:
+        return min(good, key=lambda i: points[i][0])
+    badness = np.array([(points[i][0], -points[i][1]) for i in front])
+    spread = np.ptp(badness, axis=0)
+    scaled = (badness - badness.min(0)) / np.where(spread > 0, spread, 1.0)
+    return front[int(np.argmin((scaled**2).sum(1)))]
+
+
+def distances(findings: Sequence[Finding]) -> dict[Key, float]:
     """How far each finding that decides about forgetting is from its reference.
 
+    They are the required findings on the forget set and on the holdout of the forgotten kind; where
+    no required one can be measured against anything, those that have a rule.
+
     The reference is the retrained model's value; else one half for the AUC of a membership attack,
-    the original's value on the holdout where the rule speaks of the holdout, the original's value
-    for the quality of pictures, and the best possible value (0, or 1 where higher is better) for
-    everything else that has a better end. A finding of which only the wrong side is bad has the
-    distance 0 on the other side. A number that cannot be relied on (verdict "invalid") is left out;
-    one that a damaged model does not have counts as 1. The quality of pictures counts beside other
-    findings only: a good picture does not say that something is gone.
+    the original's value on the holdout where the rule speaks of the holdout, and the best possible
+    value (0, or 1 where higher is better) for everything else that has a better end. Pictures need
+    be no better than those of the original, or of the retrained model if its are worse. A finding
+    of which only the wrong side is bad has the distance 0 on the other side. A number that cannot
+    be relied on (verdict "invalid") is left out; one that a damaged model does not have counts as
+    1. The quality of pictures counts beside other findings only: a good picture does not say that
+    something is gone.
 
     Returns:
         Distances in the unit of the values, by name and subset; empty where nothing can be said.
@@ -118,7 +144,7 @@ def distances(report: Report) -> dict[Key, float]:
     def distance(finding: Finding) -> float | None:
         if finding.unlearned is None:
             return BROKEN if finding.verdict == "fail" else None
-        reference = _reference(finding, report)
+        reference = _reference(finding, findings)
         if reference is None:
             return None
         above = finding.unlearned.value - reference
@@ -130,21 +156,23 @@ def distances(report: Report) -> dict[Key, float]:
 
     evidence = [
         finding
-        for finding in report.findings
+        for finding in findings
         if finding.subset in FORGOTTEN
         and (finding.group in EVIDENCE or finding.name == QUALITY)
-        and finding.verdict != "invalid"
+        and finding.verdict not in UNUSABLE
     ]
     found = _first(evidence, distance, (_required, _ruled))
     return found if any(name != QUALITY for name, _ in found) else {}
 
 
-def shares(report: Report) -> dict[Key, float]:
+def shares(findings: Sequence[Finding]) -> dict[Key, float]:
     """What is left of the original's value in each finding on what must stay.
 
-    A gain counts as 1, so that it hides no loss elsewhere. Findings that are better when lower
-    (losses, distances) and those of which the original has nothing are left out; a number that
-    cannot be relied on is, too, and one that a damaged model does not have counts as 0.
+    They are the required findings; where none is required, those that have a rule, and else all
+    that are better when higher. A gain counts as 1, so that it hides no loss elsewhere. Findings
+    that are better when lower (losses, distances) and those of which the original has nothing are
+    left out; a number that cannot be relied on is, too, and one that a damaged model does not have
+    counts as 0.
 
     Returns:
         Shares from 0 to 1, by name and subset; empty where nothing can be said.
@@ -159,25 +187,25 @@ def shares(report: Report) -> dict[Key, float]:
 
     kept = [
         finding
-        for finding in report.findings
+        for finding in findings
         if finding.group == "utility"
         and finding.subset not in FORGOTTEN
         and finding.better == "higher"
-        and finding.verdict != "invalid"
+        and finding.verdict not in UNUSABLE
     ]
     return _first(kept, share, (_required, _ruled, lambda _: True))
 
 
-def _reference(finding: Finding, report: Report) -> float | None:
+def _reference(finding: Finding, findings: Sequence[Finding]) -> float | None:
     """Where a model that never saw the forgotten would stand; None: nothing says."""
+    if finding.name == QUALITY:
+        return min((v.value for v in (finding.original, finding.retrained) if v), default=None)
     if finding.retrained is not None:
         return finding.retrained.value
     if finding.name.startswith("membership_"):
         return 0.5
-    if finding.name == QUALITY:
-        return finding.original.value if finding.original else None
     if "the holdout" in finding.criterion:
-        unseen = [f for f in report.findings if (f.name, f.subset) == (finding.name, "holdout")]
+        unseen = [f for f in findings if (f.name, f.subset) == (finding.name, "holdout")]
         if unseen and unseen[0].original is not None:
             return unseen[0].original.value
     return {"lower": 0.0, "higher": 1.0}.get(finding.better)

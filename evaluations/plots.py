@@ -44,6 +44,7 @@ WIDTH = (
     4.2  # inches; with text of 9.5 points, labels stay legible at a third of a page and on a phone
 )
 TEXT = 9.5
+CURVES = ("unlearned", "original", "retrained", "control")  # inks of shares(), in order
 LONGEST = 240  # points of a drawn curve; more cannot be told apart at this width
 RAREST = 1e-3  # smallest rate on the axes of a ROC
 
@@ -317,22 +318,29 @@ def over_time(
 
 
 def trade_off(
-    points: Sequence[tuple[float, float]], efficient: Sequence[bool], label: str
+    points: Sequence[tuple[float, float]],
+    efficient: Sequence[bool],
+    label: str,
+    words: tuple[str, str] = ("distance from having forgotten", "share of utility kept"),
+    names: Sequence[str] = (),
 ) -> Drawing:
-    """Forgetting against utility, a numbered point per run; the upper left corner is best.
+    """Forgetting against utility, a named point per run; the upper left corner is best.
 
     Args:
         points: (distance from having forgotten, share of utility kept) of each run.
         efficient: For each run whether no other is as good in both and better in one: those are
             filled and joined by steps.
         label: What the figure shows, for readers who do not see it.
+        words: What the axes are called.
+        names: Of the runs; else they are numbered from 1.
 
     Returns:
-        The figure and a note that names the runs on the steps by their numbers.
+        The figure and a note that names the runs on the steps.
     """
     x, y = np.asarray(points, dtype=np.float64).T
     best = np.asarray(efficient, dtype=bool)
-    front = ", ".join(str(i + 1) for i in np.flatnonzero(best))
+    names = names or [str(i + 1) for i in range(x.size)]
+    front = ", ".join(names[int(i)] for i in np.flatnonzero(best))
     right, low, high = float(x.max()), float(y.min()), float(y.max())
     right, margin = right or 0.1, max(0.15 * (high - low), 0.02)
     places: dict[tuple[int, int], list[int]] = {}  # runs that would write over each other
@@ -355,14 +363,50 @@ def trade_off(
         for runs in places.values():
             i = runs[0]
             axes.annotate(
-                ", ".join(str(run + 1) for run in runs), (x[i], y[i]), (6, 5),
+                ", ".join(names[run] for run in runs), (x[i], y[i]), (6, 5),
                 textcoords="offset points", fontsize=TEXT, color=INK["muted"],
             )  # fmt: skip
         axes.set_xlim(-0.04 * right, 1.12 * right)
         axes.set_ylim(low - margin, high + margin)
-        axes.set_xlabel("distance from having forgotten")
-        axes.set_ylabel("share of utility kept")
+        axes.set_xlabel(words[0])
+        axes.set_ylabel(words[1])
         return Drawing(_svg(figure, label), f"Not beaten in both by any other: {front}.")
+
+
+def shares(
+    places: Sequence[Any],
+    series: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    across: str,
+    label: str,
+) -> Drawing:
+    """Shares with their intervals, a curve for each name, over places that stand equally far apart.
+
+    Args:
+        places: What the shares are of, as it is written below the axis.
+        series: By name one (share, low, high) per place, None where it was not measured; at most
+            as many names as ``CURVES``, which says in which ink each is drawn.
+        across: What the places are.
+        label: What the figure shows, for readers who do not see it.
+
+    Returns:
+        The figure, without a note.
+    """
+    with _style():
+        figure, axes = _axes(2.5)
+        for order, (values, ink) in enumerate(zip(series.values(), CURVES, strict=False)):
+            # a little apart, so that intervals do not hide each other
+            known = [(i + 0.05 * order, *v) for i, v in enumerate(values) if v is not None]
+            if not known:
+                continue
+            x, y, low, high = zip(*known, strict=True)
+            axes.vlines(x, low, high, color=INK[ink], linewidth=1.0, alpha=0.55)
+            axes.plot(x, y, color=INK[ink], marker="o", markersize=3.2, markeredgewidth=0,
+                      clip_on=False, **STYLES[ink])  # fmt: skip
+        axes.set_ylim(0, 1)
+        axes.set_xticks(range(len(places)), [str(place) for place in places])
+        axes.set_xlabel(across)
+        axes.set_ylabel("share")
+        return Drawing(_svg(figure, label), "")
 
 
 def strip(marks: Sequence[Mark]) -> str:

@@ -276,7 +276,7 @@ def class_probe(
     for layer in features["forget"]:
         forget, retain = (_matrix(features[name][layer]) for name in ("forget", "retain"))
         x = np.concatenate([retain[split.kept], forget[split.shown]])
-        x, test = _reduced(x, forget[split.held])
+        x, test = reduced(x, forget[split.held])
         linear.append(linear_probe(x, y, test, seed) == truth)
         knn.append(knn_probe(x, y, test) == truth)
         control.append((shuffled_control(x, y, test, seed) == truth).mean(0))
@@ -334,7 +334,7 @@ def lens(
     logprob = np.zeros((len(names), len(examples)))
     with evaluating(model), ExitStack() as hooks:
         read = head if head is not None else _decoding(model, examples, run)
-        states = hooks.enter_context(_states(model, examples))
+        states = hooks.enter_context(states_after(model, examples))
         for indices in run.batches(examples, "logit lens", 16):
             batch = examples.batch(indices, run.device)
             scored = batch["labels"] != IGNORED
@@ -374,7 +374,7 @@ def _blocks(model: nn.Module, examples: Encoded) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _states(model: nn.Module, examples: Encoded) -> Iterator[Callable[[Batch], list[Tensor]]]:
+def states_after(model: nn.Module, examples: Encoded) -> Iterator[Callable[[Batch], list[Tensor]]]:
     """A function from a batch to the state after each block, each (batch, units, dim)."""
     kept: dict[str, Tensor] = {}
     where: list[Tensor] = []
@@ -432,7 +432,7 @@ def _decoding(model: nn.Module, examples: Encoded, run: Run) -> nn.Sequential:
                 hooks.callback(module.register_forward_pre_hook(began(name)).remove)
         whole = task.logits(model, batch)
     found = nn.Sequential(*(model.get_submodule(name) for name in between), head)
-    with _states(model, examples) as states:
+    with states_after(model, examples) as states:
         repeated = found(states(batch)[-1])
     if repeated.shape != whole.shape or not torch.allclose(repeated, whole, rtol=1e-3, atol=1e-3):
         raise Unsupported(
@@ -459,7 +459,8 @@ def _one_thread() -> Any:
     return threadpool_limits(1)
 
 
-def _reduced(train: Array, test: Array) -> tuple[Array, Array]:
+def reduced(train: Array, test: Array) -> tuple[Array, Array]:
+    """Both in the first ``DIMENSIONS`` principal components of the first, where there are more."""
     if train.shape[1] <= DIMENSIONS or len(train) <= DIMENSIONS:
         return train, test
     from sklearn.decomposition import PCA

@@ -5,8 +5,10 @@ Three measures of memory from psychology, as Orhan (2023, arXiv:2303.17557) take
 - *Recognition* is a choice between two: the share of pairs in which the text the model was trained
   on has a lower loss than a foil it never saw. Foils are unseen texts of the same kind (every text
   against every foil, which is the AUC of the loss), and *minimal edits*: the text itself with a few
-  words replaced by words of other records. A true text is better prose than an edited one, so edits
-  of unseen texts are measured, too: only what seen texts have above these is memory.
+  words replaced by words of other records, in what the model reads of it. A true text is better
+  prose than an edited one, so edits of unseen texts are measured, too: only what seen texts have
+  above these is memory. Texts that are the same tokens when edited, such as words the tokenizer
+  does not know, are no pair and are left out.
 - *Recall* is what follows greedily on the beginning of a text: whether it is the rest, token for
   token, and how much of the rest is in it (recall of ROUGE-L).
 - *Retention* is both, measured again while the model is trained on other texts.
@@ -26,10 +28,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import cat, nn
+from torch import cat, equal, nn
 
-from unlearn.attacks.relearning import put_back
 from unlearn.attacks.signals import Signals, collect
+from unlearn.attacks.weights import put_back
 from unlearn.data import Row, load
 from unlearn.errors import BadInput
 from unlearn.evaluations.extractable import (
@@ -62,7 +64,7 @@ class Recollected:
     Attributes:
         step: training steps on other texts before this was measured.
         foils: recognition against unseen texts; None without any.
-        edits: recognition against minimal edits of the texts themselves.
+        edits: recognition against minimal edits of the texts themselves; None if no edit shows.
         edits_unseen: the same for unseen texts and their edits, which no memory can explain.
         exact: share of texts whose continuation is exactly the true one.
         rouge: mean ROUGE-L recall of the continuation; None if no text is long enough, as of exact.
@@ -70,7 +72,7 @@ class Recollected:
 
     step: int
     foils: Estimate | None
-    edits: Estimate
+    edits: Estimate | None
     edits_unseen: Estimate | None
     exact: Estimate | None
     rouge: Estimate | None
@@ -100,6 +102,13 @@ class Trial:
     suffix: int
     seed: int
 
+    def among(self, foils: Sequence[int]) -> Trial:
+        """The same test with the unseen texts at these positions alone."""
+        if self.unseen is None or self.unseen_edited is None or not foils:
+            return replace(self, unseen=None, unseen_edited=None)
+        unseen, edited = (part.select(foils) for part in (self.unseen, self.unseen_edited))
+        return replace(self, unseen=unseen, unseen_edited=edited)
+
     def sample(self, size: int) -> Trial:
         """The same test on at most ``size`` texts of either kind."""
 
@@ -126,16 +135,28 @@ def trial(
     suffix: int,
     seed: int,
 ) -> Trial:
-    """A test of these texts.
+    """A test of these texts; edits are made with the words of both kinds.
 
     Raises:
-        BadInput: a text cannot be edited.
+        BadInput: the texts hold a single word, so none can be edited.
     """
-    words = [word for row in _rows(seen) for word in row[_said(row)].split()]
+    words = words_of(*filter(None, (seen, unseen)))
     unseen_edited = None if unseen is None else minimal_edits(unseen, words, seed)
     return Trial(
         seen, begun, minimal_edits(seen, words, seed), unseen, unseen_edited, prefix, suffix, seed
     )
+
+
+def words_of(*sets: Encoded) -> list[str]:
+    """Every word of what is scored, as often as it occurs.
+
+    Raises:
+        BadInput: there is only one.
+    """
+    words = [w for part in sets for row in _rows(part) for w in row[_said(row)].split()]
+    if len(set(words)) < 2:
+        raise BadInput("a text can only be edited with other words: give records of several words")
+    return words
 
 
 def minimal_edits(examples: Encoded, words: Sequence[str], seed: int) -> Encoded:
@@ -143,28 +164,42 @@ def minimal_edits(examples: Encoded, words: Sequence[str], seed: int) -> Encoded
 
     Args:
         examples: records of a language model.
-        words: what replacements are drawn from, as often as they occur.
+        words: what replacements are drawn from, as often as they occur; at least two kinds.
         seed: of the draws.
 
     Returns:
         The same records, of each at most ``EDITS`` words, a quarter of them, but at least one,
-        exchanged for another word. White space is kept.
-
-    Raises:
-        BadInput: all words are the same.
+        exchanged for another word: of those the model reads, which of a text that is longer than
+        the longest input are the first ones. White space is kept.
     """
-    if len(set(words)) < 2:
-        raise BadInput("a text can only be edited with other words: give records of several words")
     edited = []
     for i, row in enumerate(_rows(examples)):
-        draw = random.Random(f"{seed}/{i}")  # noqa: S311
-        edited.append({**row, _said(row): _edit(row[_said(row)], words, draw)})
+        draw, size = random.Random(f"{seed}/{i}"), _read(examples, i, row)  # noqa: S311
+        edited.append({**row, _said(row): _edit(row[_said(row)], size, words, draw)})
     return Encoded(load(edited, f"edited {examples.name}"), examples.task)
 
 
-def _edit(text: str, words: Sequence[str], draw: random.Random) -> str:
+def _read(examples: Encoded, index: int, row: Mapping[str, Any]) -> int:
+    """How many words of a text come before the cut with all their tokens, but at least one."""
+    task, name = speaking(examples), _said(row)
+    own = row[name].split()
+    if examples[index]["length"] < task.max_length:
+        return len(own)
+    fits, cut = 1, len(own)  # the least and one more than the most that can be
+    while cut - fits > 1:
+        middle = (fits + cut) // 2
+        begun = {**row, name: " ".join(own[:middle])}
+        if task.encode(begun)["length"] < task.max_length:
+            fits = middle
+        else:
+            cut = middle
+    return fits
+
+
+def _edit(text: str, size: int, words: Sequence[str], draw: random.Random) -> str:
+    """The text with some of its first ``size`` words exchanged."""
     own = text.split()
-    chosen = set(draw.sample(range(len(own)), max(1, min(EDITS, len(own) // 4))))
+    chosen = set(draw.sample(range(size), max(1, min(EDITS, size // 4))))
     parts, rest = [], text
     for place, word in enumerate(own):
         space, _, rest = rest.partition(word)
@@ -175,6 +210,14 @@ def _edit(text: str, words: Sequence[str], draw: random.Random) -> str:
             word = new
         parts += [space, word]
     return "".join([*parts, rest])
+
+
+def differing(one: Encoded, other: Encoded) -> npt.NDArray[np.bool_]:
+    """Which records of two equally long sets are other tokens, shape (n,)."""
+    return np.array([
+        not all(equal(one[i][part], other[i][part]) for part in ("prompt", "answer"))
+        for i in range(len(one))
+    ], dtype=np.bool_)  # fmt: skip
 
 
 def _rows(examples: Encoded) -> list[dict[str, Any]]:
@@ -246,15 +289,17 @@ def recollect(
     def signals(examples: Encoded) -> Signals:
         return collect(model, examples, run, b"recollection", examples.name)
 
+    def beside(examples: Encoded, losses: Array, edited: Encoded) -> Estimate | None:
+        pairs = differing(examples, edited)
+        return preferred(losses[pairs], signals(edited).loss()[pairs])
+
     seen = seen or signals(test.seen)
     foils = unknown = None
     if test.unseen is not None and test.unseen_edited is not None:
         losses = (unseen or signals(test.unseen)).loss()
         foils = recognised(seen.loss(), losses)
-        unknown = preferred(losses, signals(test.unseen_edited).loss())
-    edits = preferred(seen.loss(), signals(test.edited).loss())
-    if edits is None:
-        raise BadInput("recognition needs at least one text")
+        unknown = beside(test.unseen, losses, test.unseen_edited)
+    edits = beside(test.seen, seen.loss(), test.edited)
     where = spans([len(h) for h in seen.hits()], test.begun.tolist(), test.prefix, test.suffix)
     exact = continued(seen.hits(), where)
     shares = recalled(model, test.seen, where, run, test.seed)
@@ -287,7 +332,9 @@ def recalled(
         return np.zeros(0)
     cues = [_cue(examples[i], where[i]) for i in asked]
     part = examples.select(asked).replaced(cues)
-    answers = greedy_answers(model, part, run, "recall")
+    answers = greedy_answers(
+        model, part, run, "recall", longest=2 * max(int(cue["units"]) for cue in cues)
+    )
     task, truths = speaking(examples), []
     for i, truth in zip(asked, true_answers(part), strict=True):
         goes_on = examples[i]["answer"][where[i].stop :].tolist() not in ([], [task.eos])

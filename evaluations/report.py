@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 
 from unlearn.errors import BadInput
 from unlearn.evaluations import plots
+from unlearn.evaluations.page import DASH, duration, harmless, number, rendered
 from unlearn.evaluations.schema import (
     BETTER,
     CHECKPOINTS,
@@ -61,12 +61,12 @@ __all__ = [
     "Strip",
     "TrajectoryPoint",
     "Value",
+    "duration",
+    "number",
     "read",
     "render_html",
     "render_markdown",
 ]
-
-MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def read(path: str | Path) -> Report:
@@ -87,6 +87,11 @@ def read(path: str | Path) -> Report:
         raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise BadInput(f"{path} is not a report: it is not JSON text.") from error
+    if isinstance(fields, dict) and fields.get("kind") == "memorization":
+        raise BadInput(
+            f"{path} is of a memorization audit, which measures one model and has no verdict: what "
+            "it found is in report.html beside it."
+        )
     version = fields.get("schema_version") if isinstance(fields, dict) else None
     if version is None:
         raise BadInput(f"{path} is not a report: it has no schema_version.")
@@ -113,26 +118,17 @@ def render_html(report: Report) -> str:
     Returns:
         An HTML document.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    folder = resources.files("unlearn.evaluations.templates")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        number=number,
-        duration=duration,
-        size=_size,
-        finding_strip=_strip,
-        percent=_percent,
-        p_value=_p_value,
-        outcomes=outcomes,
-    )
-    template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    filters: dict[str, Callable[..., Any]] = {
+        "size": _size,
+        "finding_strip": _strip,
+        "percent": _percent,
+        "p_value": _p_value,
+        "outcomes": outcomes,
+    }
+    return rendered(
+        "report.html.j2",
+        filters,
         report=report,
-        css=Markup((folder / "report.css").read_text(encoding="utf-8")),  # noqa: S704 our own file
         groups=_groups(report),
         columns=_columns(report.findings),
         titles=_titles(report),
@@ -200,40 +196,6 @@ def render_markdown(report: Report) -> str:
         lines += ["", "What this evidence does not show:", ""]
         lines += [f"- {_plain(limit)}" for limit in report.limits]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def number(value: float) -> str:
-    """A measured number to about three digits, with a true minus sign.
-
-    >>> [number(x) for x in (0.0, 0.12345, -3.2, 51.234, 1234.5, 1.9e-23)]
-    ['0', '0.123', '−3.200', '51.23', '1,234', '1.9e−23']
-    """
-    size = abs(value)
-    if size == 0:
-        text = "0"
-    elif size < 0.0005 or size >= 1e7:
-        text = f"{value:.1e}"
-    elif size < 1000:
-        text = f"{value:.{3 if size < 10 else 2 if size < 100 else 1}f}"
-    else:
-        text = f"{value:,.0f}"
-    return text.replace("-", MINUS)
-
-
-def duration(seconds: float) -> str:
-    """A time span in the units people use.
-
-    >>> [duration(s) for s in (0.4213, 12.34, 312.0, 7500.0)]
-    ['0.42 s', '12.3 s', '5 min 12 s', '2 h 05 min']
-    """
-    if seconds < 1:
-        return f"{seconds:.2f} s"
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _moment(report: Report) -> str:
@@ -312,15 +274,13 @@ def _levels(report: Report) -> list[float]:
 
 def _strip(finding: Finding) -> Any:
     """The values of a finding on one line."""
-    from markupsafe import Markup
-
     marks = []
     for checkpoint in CHECKPOINTS:
         value: Value | None = getattr(finding, checkpoint)
         if value is not None:
             ends = (value.interval.low, value.interval.high) if value.interval else (None, None)
             marks.append(plots.Mark(checkpoint, value.value, *ends))
-    return Markup(plots.strip(marks))  # noqa: S704 numbers and fixed names only
+    return harmless(plots.strip(marks))  # numbers and fixed names only
 
 
 def _curve_figures(report: Report) -> list[dict[str, Any]]:
@@ -414,10 +374,7 @@ def _course_figure(report: Report) -> dict[str, Any] | None:
 
 def _figure(title: str, drawing: plots.Drawing, **more: Any) -> dict[str, Any]:
     """What the template needs to know of a drawing."""
-    from markupsafe import Markup
-
-    svg = Markup(drawing.svg)  # noqa: S704 drawn and escaped by ourselves
-    return {"title": title, "svg": svg, "note": drawing.note, **more}
+    return {"title": title, "svg": harmless(drawing.svg), "note": drawing.note, **more}
 
 
 def _written(value: Value | None) -> str:

@@ -33,11 +33,11 @@ from unlearn.attacks import (
     relearning,
 )
 from unlearn.attacks.extraction.compression import compressions
-from unlearn.attacks.interface import DEPTHS, Ground, Prompting, Search
+from unlearn.attacks.interface import DEPTHS, Ground, Inapplicable, Prompting, Search
 from unlearn.case import Case
-from unlearn.errors import BadInput, Collapsed, Unsupported
+from unlearn.errors import BadInput, Collapsed, Unsupported, sentence
 from unlearn.evaluations import downstream, latent_knowledge, side_effects
-from unlearn.evaluations.criteria import Check, Criteria
+from unlearn.evaluations.criteria import Check, Criteria, Outcome
 from unlearn.evaluations.findings import beside, shown
 from unlearn.evaluations.measure import SAMPLED, Measured, Measurements, Taking
 from unlearn.evaluations.memorization import rouge_l
@@ -52,16 +52,18 @@ LOOKED_FOR = {"causal_lm": 100, "classification": 1000}  # forget records at mos
 
 
 def recalled(attack: Prompting) -> Search:
-    """What an attacker gets a model to say, as the best ROUGE-L recall of all tries."""
+    """What an attacker gets a model to say: of every record, the best ROUGE-L recall of all tries.
+
+    A record that is tried after several truths (its answer in several languages) is one record.
+    """
 
     def score(model: nn.Module, ground: Ground, run: Run) -> Array:
         found = attack.elicit(model, ground, run)
-        return np.array(
-            [
-                max(rouge_l(truth, answer).recall for answer in said)
-                for truth, said in zip(found.truth, found.said, strict=True)
-            ]
-        )
+        best: dict[int, float] = {}
+        for record, truth, said in zip(found.record, found.truth, found.said, strict=True):
+            recall = max(rouge_l(truth, answer).recall for answer in said)
+            best[record] = max(recall, best.get(record, 0.0))
+        return np.array([best[record] for record in sorted(best)])
 
     return Search(attack.name, attack.title, "share of words", attack.source, score)
 
@@ -123,15 +125,9 @@ def material(case: Case) -> Material:
     """What searches need besides the models.
 
     Raises:
-        BadInput: unreadable translations or prompts, a translator that is none, or settings that
-            only a deep audit of a language model looks at.
+        BadInput: unreadable translations or prompts, or a translator that is none.
     """
     config, task = case.config, case.checkpoint.task
-    depth = config.audit  # type: ignore[attr-defined]
-    talks = isinstance(task, CausalLM) and depth == "deep"
-    named = [n for n in ("translations", "translator", "jailbreaks", "acr") if getattr(config, n)]
-    if named and not talks:
-        raise BadInput(f"--{named[0]} is for deep audits of language models: pass --audit deep")
     if config.translations is not None and config.translator is not None:
         raise BadInput("pass --translations or --translator, not both")
     size = min(LOOKED_FOR.get(task.name, 0), len(case.sets.forget))
@@ -139,14 +135,16 @@ def material(case: Case) -> Material:
     rows = sorted(torch.randperm(len(case.sets.forget), generator=draw)[:size].tolist())
     templates = jailbreak.read_templates()
     if config.jailbreaks is not None:
-        templates = jailbreak.checked([*templates, *jailbreak.read_templates(config.jailbreaks)])
+        theirs = jailbreak.read_templates(config.jailbreaks)
+        templates = (*templates, *(t for t in theirs if t not in templates))
     found: languages.Translations = {}, {}
     if isinstance(task, CausalLM) and config.translations is not None:
         found = _among(rows, languages.read(config.translations, case.sets.forget.examples, task))
     elif config.translator is not None:
         given = config.translator
-        by_language = given if isinstance(given, Mapping) else {"another language": given}
-        found = languages.translated(case.sets.forget.select(rows), by_language)
+        several = isinstance(given, Mapping) and "model" not in given
+        by_language = given if several else {"another language": given}
+        found = languages.translated(case.sets.forget.select(rows), by_language, case.device)
     return Material(rows, *found, templates)
 
 
@@ -174,11 +172,27 @@ def look(found: Measured, taking: Taking, case: Case, brought: Material) -> None
     """Every search on one model; what an interrupted audit found is read back."""
     task = case.tasks()[taking.role]
     ground = brought.ground(case, task)
+    if taking.role == "original":
+        _note(taking.run, case, brought)
     for search in searches(case, taking.role):
         _search(found, taking, search, ground, "forget")
     neighbours = case.sets.neighbours
     if neighbours is not None and task.name == "causal_lm":
         _search(found, taking, side_effects.SEARCH, Ground(neighbours.as_read(task)), "neighbours")
+
+
+def _note(run: Run, case: Case, brought: Material) -> None:
+    """What decides how much is found: the prompts, the languages, and what rounds weights."""
+    looked, words = {search.name for search in searches(case)}, []
+    if jailbreak.ATTACK.name in looked:
+        version = jailbreak.digest(brought.templates)
+        words.append(f"{len(brought.templates)} jailbreak prompts (version {version})")
+    if languages.ATTACK.name in looked and brought.translations:
+        words.append(f"translations into {', '.join(brought.translations)}")
+    if {search.name for search in quantization.SEARCHES} & looked:
+        words.append(f"weights rounded by {quantization.backend(run.device)}")
+    if words:
+        run.note(f"What is left was looked for with {', '.join(words)}.")
 
 
 def _search(found: Measured, taking: Taking, search: Search, ground: Ground, subset: str) -> None:
@@ -191,7 +205,9 @@ def _search(found: Measured, taking: Taking, search: Search, ground: Ground, sub
     try:
         values = taking.arrays(f"{subset}/{search.name}", compute)["score"]
     except (BadInput, Collapsed, Unsupported) as error:
-        found.missing[search.name] = f"{str(error)[0].upper()}{str(error)[1:]}."
+        found.missing[search.name] = sentence(error)
+        if isinstance(error, Inapplicable):
+            found.inapplicable.add(search.name)
         return
     found.numbers.setdefault(search.name, {})[subset] = values
 
@@ -206,31 +222,53 @@ def checks(measured: Measurements, case: Case, criteria: Criteria) -> list[Check
 
 def _check(search: Search, measured: Measurements, criteria: Criteria) -> Check:
     group = "durability" if search in HANDLED else "robustness"
-    values: dict[Checkpoint, Array | None] = {
-        role: measured[role].numbers.get(search.name, {}).get("forget")
-        for role in CHECKPOINTS
-        if role in measured
-    }
-    why = [m.missing[search.name] for m in measured.values() if search.name in m.missing]
+    values = _scores(search, measured, "forget")
     about = {"title": search.title, "unit": search.unit, "group": group, "source": search.source,
              "better": "closer_to_retrained"}  # fmt: skip
-    if why or values["unlearned"] is None or values["original"] is None:
-        fields = {"n": 0, **about}
-        return Check(search.name, "forget", state=("not_run", " ".join(why[:1])), fields=fields)
+    if state := _unable(search, values, measured):
+        return Check(search.name, "forget", state=state, fields={"n": 0, **about})
     return beside(search.name, values, shown(bounds=(0.0, 1.0), values=values, **about), criteria)
 
 
-def _lost(measured: Measurements, criteria: Criteria) -> Check:
-    name, title = side_effects.SEARCH.name, side_effects.SEARCH.title
-    about = {"title": title, "unit": side_effects.SEARCH.unit, "group": "utility",
-             "source": side_effects.SEARCH.source, "better": "higher"}  # fmt: skip
-    values: dict[Checkpoint, Array | None] = {
-        role: m.numbers.get(name, {}).get("neighbours") for role, m in measured.items()
+def _scores(search: Search, measured: Measurements, subset: str) -> dict[Checkpoint, Array | None]:
+    """What a search found in each model; None where it was not possible."""
+    return {
+        role: measured[role].numbers.get(search.name, {}).get(subset)
+        for role in CHECKPOINTS
+        if role in measured
     }
-    after, before = values["unlearned"], values["original"]
-    if after is None or before is None:
-        why = measured["unlearned"].missing.get(name, "")
-        return Check(name, "neighbours", state=("not_run", why), fields={"n": 0, **about})
+
+
+def _unable(
+    search: Search, values: Mapping[Checkpoint, Array | None], measured: Measurements
+) -> tuple[Outcome, str] | None:
+    """Why models cannot be held against each other; for information where nothing would help."""
+    why = [m.missing[search.name] for m in measured.values() if search.name in m.missing]
+    if why:
+        never = all(search.name in m.inapplicable for m in measured.values())
+        return "info" if never else "not_run", why[0]
+    found = {role: score for role, score in values.items() if score is not None}
+    if not {"original", "unlearned"} <= found.keys() or not all(map(len, found.values())):
+        return "not_run", "There are no values of every model."
+    if damaged := [role for role, score in found.items() if not np.isfinite(score).all()]:
+        return "not_run", f"The {damaged[0]} model gives values that are not finite."
+    if len({score.shape for score in found.values()}) > 1:
+        sizes = ", ".join(f"{len(score)} with the {role}" for role, score in found.items())
+        why_not = f"The models do not read the same records: {sizes} model."
+        return "not_run", f"{why_not} Their tokenizers or lengths differ; pass --max-length."
+    return None
+
+
+def _lost(measured: Measurements, criteria: Criteria) -> Check:
+    search = side_effects.SEARCH
+    name = search.name
+    about = {"title": search.title, "unit": search.unit, "group": "utility",
+             "source": search.source, "better": "higher"}  # fmt: skip
+    values = _scores(search, measured, "neighbours")
+    state = _unable(search, values, measured)
+    after, before = values.get("unlearned"), values.get("original")
+    if state or after is None or before is None:
+        return Check(name, "neighbours", state=state, fields={"n": 0, **about})
     fields = shown(bounds=(0.0, 1.0), values=values, **about)
     rule = criteria.rule(name, "neighbours")
     if rule is None:

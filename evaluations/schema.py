@@ -54,6 +54,9 @@ GROUPS: dict[Group, str] = {
     "utility": "What was lost besides?",
     "guard": "Can these numbers be relied on?",
 }
+# groups that speak of forgetting, and the subsets that were to be forgotten
+EVIDENCE: tuple[Group, ...] = ("extraction", "membership", "probe", "robustness", "durability")
+FORGOTTEN: tuple[Subset, ...] = ("forget", "holdout_forget")
 DRAWN: dict[Subset, str] = {
     "forget": "Drawn for what must be gone",
     "retain": "Drawn for what must stay",

@@ -21,6 +21,7 @@ from unlearn.case import Case, SetName
 from unlearn.data import load
 from unlearn.errors import BadInput
 from unlearn.evaluations import divergence, memorization
+from unlearn.evaluations.counterfactual import check_start
 from unlearn.evaluations.criteria import UNSURE, Check, Criteria, Effect, Outcome
 from unlearn.evaluations.findings import mean_of
 from unlearn.evaluations.measure import Measurements, nonmembers, parts
@@ -72,6 +73,7 @@ def recipe(case: Case) -> Retrain | None:
             "a deep audit trains new models, and only the weights of this one are known: name a "
             "checkpoint to start from with --training init=..."
         )
+    check_start(method.init, case.checkpoint)
     if case.method is not None:
         check_needs(case.method, case.sets.retain is not None, case.checkpoint.task.name)
     return method

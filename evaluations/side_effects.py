@@ -15,23 +15,17 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from unlearn.attacks.interface import Ground, Search
+from unlearn.attacks.interface import Ground, Inapplicable, Search
 from unlearn.attacks.signals import collect
 from unlearn.errors import BadInput
+from unlearn.evaluations import findings
 from unlearn.evaluations.criteria import Effect
-from unlearn.evaluations.findings import Metric, _kept, _number
 from unlearn.evaluations.measure import ASKED
 from unlearn.evaluations.memorization import rouge_l
 from unlearn.generation import greedy_answers, true_answers
 from unlearn.run import Run
 
 Array = npt.NDArray[np.float64]
-
-METRIC = Metric(
-    "side_effects", "Side effects: what is still answered on neighbouring topics",
-    "share of the answer", "higher", _number("side_effects"), group="utility",
-    source="Lynch et al. 2024, arXiv 2402.16835",
-)  # fmt: skip
 
 
 def score(model: nn.Module, ground: Ground, run: Run) -> Array:
@@ -49,11 +43,11 @@ def score(model: nn.Module, ground: Ground, run: Run) -> Array:
         and nothing of the answer is said.
 
     Raises:
-        BadInput: texts without a prompt, of which nothing can be asked.
+        Inapplicable: texts without a prompt, of which nothing can be asked.
     """
     asked = ground.forget.sample(ASKED, run.seed)
     if all(len(asked[i]["prompt"]) <= 1 for i in range(len(asked))):
-        raise BadInput(
+        raise Inapplicable(
             f"side effects are seen in answers, and the {asked.name} records are texts without a "
             "question: give them as question/answer or prompt/completion"
         )
@@ -86,7 +80,13 @@ def kept(before: Array, after: Array, margin: float) -> Effect:
         )
     if not before.any():
         raise BadInput("the original answers nothing on neighbouring topics: give other records")
-    return _kept(METRIC, after, before, margin)
+    return findings.kept(after, before, margin)
 
 
-SEARCH = Search(METRIC.name, METRIC.title, METRIC.unit, METRIC.source, score)
+SEARCH = Search(
+    "side_effects",
+    "Side effects: what is still answered on neighbouring topics",
+    "share of the answer",
+    "Lynch et al. 2024, arXiv 2402.16835",
+    score,
+)

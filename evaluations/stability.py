@@ -212,6 +212,28 @@ class Watch:
         return Course(every=self.every, unit=unit, looks=looks, worst=worst(looks), note=note)
 
 
+def events_of(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """The events that the lines of metrics.jsonl tell of.
+
+    Work that is killed while it writes leaves half a line, and what it does next, it appends to
+    that: the half is dropped, and the event behind it is kept.
+
+    >>> events_of(['{"event": "st{"event": "look"}', '{"event'])
+    [{'event': 'look'}]
+    """
+    found = []
+    for line in lines:
+        for start in (0, line.rfind('{"event"')):
+            try:
+                event = json.loads(line[max(0, start) :])
+            except json.JSONDecodeError:
+                continue
+            if isinstance(event, dict) and "event" in event:
+                found.append(event)
+                break
+    return found
+
+
 def looks_of(lines: Sequence[str]) -> tuple[tuple[Look, ...], int, bool]:
     """The looks that the lines of metrics.jsonl tell of, from before the first step to the end.
 
@@ -222,7 +244,7 @@ def looks_of(lines: Sequence[str]) -> tuple[tuple[Look, ...], int, bool]:
         The looks; how many optimiser steps were taken in all; and whether the model that was looked
         at on the way is the one that came out, without which only both ends are among the looks.
     """
-    events = [json.loads(line) for line in lines]
+    events = events_of(lines)
     sizes: dict[str, int] = {}
     for event in events:
         if event["event"] == "step":

@@ -18,8 +18,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -203,23 +204,38 @@ def _covered(
 
 
 def files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that are named, and those in named folders that can be read, sorted.
+    """The files that are named, and those in named folders whose names end in ``READ``, sorted.
 
     Raises:
-        BadInput: a path does not exist, or a folder holds nothing to read.
+        BadInput: a path does not exist, a folder holds nothing to read, a named file ends in
+            something else, or the first record of a file cannot be read.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in READ and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if kind(p) in READ and p.is_file())
             if not inside:
                 raise BadInput(f"the folder {path} holds no file that ends in {', '.join(READ)}")
             found += inside
+        elif path.is_file() and kind(path) not in READ:
+            raise BadInput(
+                f"the file {path} to search ends in none of {', '.join(READ)}, so nothing says how "
+                "to read it: name it .txt if it is text"
+            )
         elif path.is_file():
             found.append(path)
         else:
             raise BadInput(f"the file {path} to search does not exist: check --corpus")
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    for path in found:
+        for document in islice(documents(path), 1):
+            next(iter(document), None)
+    return found
+
+
+def kind(path: Path) -> str:
+    """How a file's name ends, in lower case."""
+    return path.suffix.lower()
 
 
 def documents(path: Path) -> Iterator[Document]:
@@ -229,13 +245,13 @@ def documents(path: Path) -> Iterator[Document]:
     UTF-8 match nothing.
 
     Raises:
-        BadInput: a record cannot be read.
+        BadInput: the file or a record cannot be read, or a table has no column of text.
     """
-    if path.suffix == ".parquet":
+    if kind(path) == ".parquet":
         rows = _parquet(path)
-    elif path.suffix in JSON_LINES:
+    elif kind(path) in JSON_LINES:
         rows = _json_lines(path)
-    elif path.suffix == ".json":
+    elif kind(path) == ".json":
         rows = _json(path)
     else:
         yield _blocks(path)
@@ -260,9 +276,16 @@ def said(row: Any) -> Iterator[Document]:
             yield from said(value)
 
 
+def _opened(path: Path, encoding: str = "utf-8-sig", newline: str | None = None) -> TextIO:
+    try:
+        return path.open(encoding=encoding, errors="replace", newline=newline)
+    except OSError as error:
+        raise BadInput(f"the file {path} to search cannot be read: {error.strerror}") from error
+
+
 def _blocks(path: Path) -> Document:
     rest = ""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with _opened(path, encoding="utf-8") as file:
         while block := file.read(BLOCK):
             words = (rest + block).split()
             rest = "" if block[-1].isspace() else words.pop()
@@ -271,7 +294,7 @@ def _blocks(path: Path) -> Document:
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
+    with _opened(path, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -282,8 +305,10 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 def _json(path: Path) -> Iterator[Any]:
     """A whole JSON text; where it is none, one value a line."""
+    with _opened(path) as file:
+        text = file.read()
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+        found = json.loads(text)
     except json.JSONDecodeError:
         yield from _json_lines(path)
         return
@@ -296,9 +321,22 @@ def _parquet(path: Path) -> Iterator[Any]:
 
     try:
         file = pq.ParquetFile(path)
-        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_nested)
-        names = [f.name for f in file.schema_arrow if any(kind(f.type) for kind in kinds)]
+        names = [field.name for field in file.schema_arrow if _holds_text(field.type)]
+        if not names:
+            raise BadInput(f"{path} has no column of text, so there is nothing to search in it")
         for batch in file.iter_batches(1024, columns=names):
             yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether a column of a table is text, or has any within."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    if types.is_nested(kind):
+        return any(_holds_text(kind.field(i).type) for i in range(kind.num_fields))
+    return any(is_text(kind) for is_text in (types.is_string, types.is_large_string,
+                                             types.is_string_view))  # fmt: skip

@@ -246,6 +246,7 @@ def test_strange_records_stay_harmless(world: Path, tmp_path: Path) -> None:
         ({"criteria": {"rules": {"membership": {"margin": 7}}}}, "margin"),
         ({"audit": "deep"}, "pass --training"),
         ({"audit": "deep", "training": {"epochz": 1}}, "epochz"),
+        ({"audit": "deep", "training": {"init": "nosuch"}}, "nosuch does not exist"),
         (
             {"audit": "deep", "training": {"epochs": 1}, "method": "finetune", "retain": None},
             "shadow models.*cannot forget by the method.*needs a retain set",

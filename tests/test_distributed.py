@@ -212,6 +212,14 @@ def failures() -> None:
     ):
         list(distributed.spread(fail, range(4)))
 
+    def refuse_one(number: int) -> None:
+        if number == 1:
+            raise Unsupported("not this one")
+
+    with pytest.raises(Unsupported, match="not this one"):  # in both, which may go on
+        list(distributed.spread(refuse_one, range(4)))
+    assert list(distributed.spread(str, range(3))) == ["0", "1", "2"]
+
     def refuse() -> None:
         raise Unsupported("not here")
 

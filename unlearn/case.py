@@ -166,7 +166,7 @@ def build(config: CaseConfig, checkpoint: Checkpoint, *, once: bool = False, **m
             others[name] = other
     return Case(
         config, checkpoint, others["unlearned"], others["retrained"],
-        Sets(**_split_holdout(encoded, target)), target, _device(config.device), hashes, **made,
+        Sets(**_split_holdout(encoded, target)), target, device_of(config.device), hashes, **made,
     )  # fmt: skip
 
 
@@ -436,7 +436,12 @@ def _split_holdout(encoded: dict[str, Encoded], target: Target) -> dict[str, Enc
     return {**{k: v for k, v in encoded.items() if k != "holdout"}, **parts}
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """Where to compute; by default on the first GPU, if there is one.
+
+    Raises:
+        BadInput: unknown, or not here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

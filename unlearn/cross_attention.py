@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Concepts, Need, Needs, Request, Subject
 from unlearn.pipeline import Pipeline
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import moving
 
@@ -168,14 +169,18 @@ class ClosedForm:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
 
     lamb: Annotated[
-        float, Field(gt=0, description="weight of staying close to the old matrices")
+        float,
+        Field(gt=0, description="weight of staying close to the old matrices"),
+        Range(0.01, 10.0, log=True),
     ] = 0.5
     erase_weight: Annotated[
         float, Field(gt=0, description="weight of every state that is erased")
     ] = 1.0
-    keep_weight: Annotated[float, Field(ge=0, description="weight of every state that is kept")] = (
-        1.0
-    )
+    keep_weight: Annotated[
+        float,
+        Field(ge=0, description="weight of every state that is kept"),
+        Range(0.1, 10.0, log=True),
+    ] = 1.0
     templates: Annotated[
         str,
         Field(

@@ -129,13 +129,20 @@ def spread(work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
     """``work(item)`` of every item, in order, each done by one process and known to all.
 
     What ``work`` returns must be in CPU memory.
+
+    Raises:
+        UnlearnError: what ``work`` raised in one process, in all of them.
     """
     if world() == 1:
         yield from map(work, items)
         return
     left = iter(items)
     while some := list(islice(left, world())):
-        mine = work(some[rank()]) if rank() < len(some) else None
+        mine: Any = None
+        try:
+            mine = work(some[rank()]) if rank() < len(some) else None
+        except UnlearnError as error:  # the others may go on without this, and not alone
+            mine = _Failure(error)
         yield from _everyone(mine)[: len(some)]
 
 

@@ -35,6 +35,16 @@ class Collapsed(UnlearnError, RuntimeError):
     """Training destroyed the model (non-finite or exploding loss): use gentler settings."""
 
 
+def sentence(error: BaseException) -> str:
+    """What was wrong, as a sentence of its own.
+
+    >>> sentence(BadInput("the file is empty: give records"))
+    'The file is empty: give records.'
+    """
+    words = str(error).strip().rstrip(".")
+    return f"{words[:1].upper()}{words[1:]}."
+
+
 class Faults:
     """Collects everything wrong with an input, so that the user hears it all at once."""
 

@@ -31,20 +31,37 @@ class Opening(NamedTuple):
 
 
 def greedy_answers(
-    model: nn.Module, examples: Encoded, run: Run, phase: str, size: int = 64
+    model: nn.Module,
+    examples: Encoded,
+    run: Run,
+    phase: str,
+    size: int = 64,
+    *,
+    longest: int | None = None,
 ) -> list[str]:
     """The greedy continuation of every prompt, special tokens removed.
 
-    At most twice as many tokens as the longest true answer of the batch, and at most 200.
+    Args:
+        model: the language model; asked in eval mode, its own generation settings set aside.
+        examples: prompts and true answers.
+        run: device and progress.
+        phase: names the progress.
+        size: answers generated together.
+        longest: new tokens at most, whatever stands in the same batch; prompt and answer also stay
+            within the task's max_length. None: twice as many as the longest true answer of the
+            batch, and at most 200.
+
+    Returns:
+        Texts in the order of ``examples``.
     """
     task = language_model(examples)
     answers = [""] * len(examples)
-    batches = list(_with_room(examples, task.max_length, size))
+    batches = list(_with_room(examples, task.max_length, size, longest))
 
     def ask(indices: list[int]) -> list[list[int]]:
         prompts = [examples[i]["prompt"] for i in indices]
-        longest = 2 * max(int(examples[i]["units"]) for i in indices)
-        return _continued(model, task, prompts, min(LONGEST, longest), run, do_sample=False)
+        most = longest or min(LONGEST, 2 * max(int(examples[i]["units"]) for i in indices))
+        return continued(model, task, prompts, most, run, do_sample=False)
 
     done = 0
     with evaluating(model):
@@ -96,7 +113,7 @@ def sampled_answers(
             places = order[first : first + size]
             prompts = [starts[i] for i in places]
             diverge = _Diverge(examples, [openings[i] for i in places], max(map(len, prompts)))
-            new = _continued(model, task, prompts, longest, run, logits_processor=[diverge], **how)
+            new = continued(model, task, prompts, longest, run, logits_processor=[diverge], **how)
             for place, tokens in zip(places, new, strict=True):
                 index, told = openings[place]
                 answers[place] = _decoded(
@@ -123,12 +140,23 @@ def language_model(examples: Encoded) -> CausalLM:
     return examples.task
 
 
-def _with_room(examples: Encoded, limit: int, size: int) -> Iterator[list[int]]:
-    """Batches by length of prompt, in which every true answer fits beside the longest prompt."""
+def _with_room(
+    examples: Encoded, limit: int, size: int, longest: int | None
+) -> Iterator[list[int]]:
+    """Batches by length of prompt, in which every true answer fits beside the longest prompt.
+
+    With ``longest``, so does every answer of so many tokens that fits beside its own prompt.
+    """
+
+    def room(index: int) -> int:
+        encoding = examples[index]
+        own = limit - len(encoding["prompt"])
+        return int(encoding["units"]) if longest is None else min(longest, own)
+
     batch: list[int] = []
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i]["prompt"])):
-        longest = max(int(examples[i]["units"]) for i in [*batch, index])
-        if len(batch) == size or (batch and len(examples[index]["prompt"]) + longest > limit):
+        most = max(map(room, [*batch, index]))
+        if len(batch) == size or (batch and len(examples[index]["prompt"]) + most > limit):
             yield batch
             batch = []
         batch.append(index)
@@ -163,7 +191,7 @@ class _Diverge(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def _continued(
+def continued(
     model: nn.Module,
     task: CausalLM,
     prompts: Sequence[Tensor],
@@ -171,7 +199,16 @@ def _continued(
     run: Run,
     **how: Any,
 ) -> list[list[int]]:
-    """The new tokens after each prompt."""
+    """The new tokens after each prompt, what follows an end of sequence among them.
+
+    Args:
+        model: the language model, in eval mode; its own generation settings are set aside.
+        task: its.
+        prompts: tokens, at least one.
+        longest: new tokens at most; the longest prompt and they stay within ``task.max_length``.
+        run: the device.
+        how: settings of ``model.generate``.
+    """
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), task.pad)
     mask = torch.zeros_like(ids)

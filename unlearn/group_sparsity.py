@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.scope import Moving, feed_forward, is_lora
 from unlearn.tasks.base import Batch, Encoded, Predictions, Task
@@ -110,7 +111,9 @@ class GroupSparse(Training):
 
     needs: ClassVar[Needs] = Needs(retain=Need.REQUIRED)
 
-    beta: Annotated[float, Field(gt=0, description="weight of the forget term")] = 0.2
+    beta: Annotated[
+        float, Field(gt=0, description="weight of the forget term"), Range(0.02, 2.0, log=True)
+    ] = 0.2
     bound: Annotated[
         float | None,
         Field(
@@ -126,6 +129,7 @@ class GroupSparse(Training):
             description="weight of the groups' norms: what a group's root mean square loses per "
             "step, in learning rates; adamw moves a parameter by up to one",
         ),
+        Range(0.05, 5.0, log=True),
     ] = 0.5
     alpha_from: Annotated[
         float, Field(ge=0, lt=1, description="share of the steps before alpha acts")
@@ -134,7 +138,9 @@ class GroupSparse(Training):
         int | None,
         Field(ge=1, description="retain records drawn of every class (few-shot); none: all"),
     ] = None
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 1e-2
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate"), Range(1e-3, 1e-1, log=True)
+    ] = 1e-2
     epochs: Annotated[float, Field(gt=0, description="passes over the forget set")] = 10
     batch_size: Annotated[
         int, Field(ge=1, description="examples per step and term, of all processes together")

@@ -22,6 +22,7 @@ from unlearn.errors import BadInput, Unsupported
 from unlearn.interface import Classes, Concepts, Request, Subject, Target
 from unlearn.noising import to_eps
 from unlearn.pipeline import Pipeline
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Encoded, Task, evaluating
 from unlearn.training import Term, Training, descend
@@ -149,7 +150,9 @@ Moved = Annotated[
 class Renoised(Training):
     """Hyperparameters of methods that train on noised pictures of what a target names."""
 
-    epochs: Annotated[float, Field(gt=0, description="passes over the noisy pictures")] = 2
+    epochs: Annotated[
+        float, Field(gt=0, description="passes over the noisy pictures"), Range(0.5, 10.0, log=True)
+    ] = 2
     batch_size: Annotated[int, Field(ge=1, description="noisy pictures per step and term")] = 16
     pictures: Annotated[int, Field(ge=1, description="generated for a term, before training")] = 64
     draws: Annotated[int, Field(ge=1, description="times every picture is noised")] = 8
@@ -166,7 +169,9 @@ class Renoised(Training):
     ] = "{}"
     parameters: Moved = "x"
     retain_weight: Annotated[
-        float, Field(ge=0, description="weight of what the starting model said about what stays")
+        float,
+        Field(ge=0, description="weight of what the starting model said about what stays"),
+        Range(0.1, 10.0, log=True),
     ] = 1.0
 
     def trained(self, forget: int, retain: int) -> int:

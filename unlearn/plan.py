@@ -90,6 +90,8 @@ def plan(config: RunConfig, checkpoint: Checkpoint | None = None) -> Plan:
     )
     if callable(check := getattr(method, "check", None)):
         check(planned.request())
+    if callable(check := getattr(method, "check_names", None)):  # of the model's parameters
+        check(checkpoint.parameter_names())
     return planned
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from unlearn.errors import BadInput, did_you_mean
 
@@ -105,11 +105,6 @@ class Subset:
 
 
 Space = Range | Choice | Subset
-
-# of the methods that inherit it from retention.TwoSided
-RetainWeight = Annotated[
-    float, Field(ge=0, description="weight of the retain term"), Range(0.1, 30.0, log=True)
-]
 
 
 def space(method: type[Any]) -> dict[str, Space]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import ALL_TASKS, WITH_LOGITS, Need, Needs, Request, Subject
+from unlearn.ranges import Range
 from unlearn.reference import ReferenceLogits
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Predictions
@@ -43,7 +44,9 @@ class TwoSided(Training):
             "model's whole distribution (kl), nothing (none)"
         ),
     ] = "nll"
-    retain_weight: Annotated[float, Field(ge=0, description="weight of the retain term")] = 1.0
+    retain_weight: Annotated[
+        float, Field(ge=0, description="weight of the retain term"), Range(0.1, 30.0, log=True)
+    ] = 1.0
 
     tasks: ClassVar[tuple[str, ...]] = ALL_TASKS
 

@@ -15,7 +15,8 @@ lengths between the longest given up and the shortest found are bisected. A leng
 is there: from the last prompt of the length before, grown by random tokens, or from the shortest
 prompt found, less one token at a time, that which its loss misses least; only further starts are
 random. Each length gets a quarter of the steps that are left, the last all of them. The record's
-own prompt is tried before.
+own prompt is tried before; where it works and has more than |y| + 1 tokens, tokens are taken away
+as of any prompt found, but no length above |y| + 1 is searched.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Compressed:
     Attributes:
         ratio: |y| / |x| of the shortest prompt found, a lower bound of ACR(y); with ``censored``,
             |y| / n of the longest prompts tried in vain, which is taken for an upper bound.
-        censored: no prompt was found.
+        censored: no prompt was found that is at most a token longer than the target.
         prompt: free tokens of the shortest prompt found.
         target: tokens of the target.
         steps: spent.
@@ -155,11 +156,11 @@ def compressions(
         raise BadInput(f"at least one target is compressed, not {targets}")
     some = examples.sample(targets, run.seed_of("compression"))
     goals = [_target(some, i, task, attack) for i in range(len(some))]
-    for where, (frame, target, _) in zip(some.examples.ids, goals, strict=True):
+    for number, (frame, target, _) in enumerate(goals, start=1):
         try:
             _longest(frame, target)
-        except BadInput as error:
-            raise BadInput(f"record {where} of {examples.examples.source}: {error}") from error
+        except BadInput as error:  # no id, no path: this may end up in a report
+            raise BadInput(f"record {number} of the {len(goals)} drawn: {error}") from error
     allowed = allowed_tokens(model, task)
 
     def search(index: int) -> Compressed:
@@ -223,7 +224,7 @@ def compress(
                 saved = time.monotonic()
         if file is not None:
             _save(state, file)
-    found = tuple(state.found) or None
+    found = tuple(state.found) if 0 < len(state.found) <= longest else None
     ratio = len(target) / (len(found) if found else max(1, state.failed))
     return Compressed(ratio, found is None, found, tuple(target), state.spent)
 
@@ -241,7 +242,8 @@ class _State:
         attempt: which it is.
         used: its steps so far.
         failed: the longest length searched in vain.
-        found: the shortest prompt that reaches the target.
+        found: the shortest prompt that reaches the target; a known one may be longer than any
+            length to search.
         spent: steps of all.
     """
 
@@ -257,14 +259,14 @@ class _State:
 
     def over(self, attack: Compression) -> bool:
         """Nothing is left to spend, or to search."""
-        limit = len(self.found) if self.found else self.longest + 1
+        limit = min(len(self.found) or self.longest + 1, self.longest + 1)
         return self.spent >= attack.budget or limit - self.failed <= 1
 
     def begin(self, attack: Compression) -> _State:
         """The next length: halfway to the shortest prompt found, or twice the one given up."""
         halfway = (self.failed + len(self.found)) // 2
-        length = halfway if self.found else min(2 * self.length, self.longest)
-        last = not self.found and length == self.longest
+        length = min(halfway if self.found else 2 * self.length, self.longest)
+        last = length == self.longest  # what is found within the limit halves to less
         share = attack.share(attack.budget - self.spent, last)
         free = self.found or self.free
         return replace(self, length=length, free=free, share=share, attempt=0, used=0)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearn.errors import BadInput, Unsupported
-from unlearn.generation import _continued
+from unlearn.generation import continued
 from unlearn.run import Run
 from unlearn.tasks.base import Predictions, evaluating
 from unlearn.tasks.causal_lm import CausalLM
@@ -302,7 +302,7 @@ class Goal:
             return False
         task, target = self.frame.task, self.target.tolist()
         with evaluating(self.model):
-            (said,) = _continued(
+            (said,) = continued(
                 self.model, task, [torch.tensor(prompt)], len(target), self.run, do_sample=False
             )
         return said == target

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from unlearn import demo
@@ -120,6 +122,52 @@ def test_the_records_own_prompt_is_tried_first() -> None:
     assert len(one.prompt) <= len(tokens_of(cue, task))
 
 
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_known_prompt_longer_than_the_target_is_only_where_a_search_begins(
+    obeys: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, task, told = world()
+    target = tokens_of(told[0], task)
+    noise, cue = tokens_of(texts(1, 40, 3)[0], task), tokens_of(texts(4, 1, 2)[0], task)
+    known = [*noise[: len(target) + 4], *cue]  # the model says it after the cue, whatever is before
+    assert Goal(model, Frame(task), target, Run(task)).says(known)
+    searched: list[int] = []
+    losses = Goal.losses
+
+    def watched(self: Goal, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        searched.append(free.shape[1])
+        loss, reached = losses(self, free)
+        return loss, reached & obeys  # else nothing but the known prompt works
+
+    monkeypatch.setattr(Goal, "losses", watched)
+    monkeypatch.setattr(Goal, "_read_first", lambda self: None)
+    attack = Compression(budget=80, topk=8, batch=8, seeds=1)
+    found = compress(model, target, Frame(task), Run(task), attack, known)
+    assert searched[:3] == [len(known) - 1, len(known) - 2, len(known) - 3]
+    if obeys:
+        assert len(found.prompt) < len(target)
+        assert found.ratio == len(target) / len(found.prompt)
+    else:  # a prompt that is longer than the target compresses nothing
+        assert (found.prompt, found.censored) == (None, True)
+        assert found.ratio == len(target) / (len(target) + 1)  # no longer prompts were searched
+
+
+@given(st.integers(1, 60), st.integers(0, 200))
+def test_no_length_above_the_last_is_searched_and_none_twice(longest: int, known: int) -> None:
+    attack = Compression(budget=1000, seeds=1)
+    state = compression._State(longest, min(compression.FIRST, longest), (), 1)
+    if known:
+        state = replace(state, found=[0] * known).begin(attack)
+    lengths = []
+    while not state.over(attack):
+        lengths.append(state.length)
+        state = state.gave_up(attack)  # nothing works
+    assert lengths == sorted(set(lengths))
+    assert all(1 <= length <= longest for length in lengths)
+    # what is left unsearched lies between two neighbouring lengths, or above the last
+    assert state.failed == (longest if not known else min(longest, known - 1))
+
+
 def test_text_around_the_prompt_stays_around_it() -> None:
     model, task, told = world()
     attack = Compression(24, 64, 24, 2, before="ka zu", after=texts(4, 1, 2)[1])
@@ -200,7 +248,7 @@ def test_a_short_context_leaves_less_room() -> None:
     assert list(cut.target) == tokens_of(told[0], task)[: (len(target) - 1) // 2]
     assert cut.ratio == len(cut.target) / (len(cut.target) + 1)
     none = CausalLM(task.tokenizer, task.classes, 2)
-    with pytest.raises(BadInput, match=r"record 0 of .*no room"):
+    with pytest.raises(BadInput, match=r"record 1 of the 4 drawn: .*no room"):
         compressions(model, records_of(told, task).as_read(none), Run(none), attack)
 
 

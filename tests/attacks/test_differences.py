@@ -27,7 +27,6 @@ from unlearn.attacks.weight_difference import (
     differences,
     in_blocks,
     output_name,
-    rank,
     rows_moved,
     rows_named,
     tensors,
@@ -124,7 +123,7 @@ def test_forgotten_records_and_the_forgotten_class_stand_out() -> None:
     assert told(after) > told(trained_on(Term("more", everything, likelihood, "unit")))
     found = rows_moved(before[2].weight, after[2].weight)
     assert found.argmax() == FORGOTTEN
-    assert rank(found)[FORGOTTEN] == 1
+    assert found.argmax() == FORGOTTEN
     assert rows_named(found, [FORGOTTEN]) == 1.0
 
 
@@ -258,7 +257,6 @@ def test_rows_by_hand() -> None:
     after = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
     found = rows_moved(before, after)
     assert found.tolist() == [5.0, 1.0, 0.0, 1.0]
-    assert rank(found).tolist() == [1, 2, 4, 2]
     assert rows_named(found, [0]) == 1.0
     assert rows_named(found, [2]) == 0.0
     assert rows_named(found, [1]) == 0.5  # over 0, level with 1, under 5

@@ -16,8 +16,8 @@ from unlearn import demo
 from unlearn.attacks import embedding
 from unlearn.attacks.embedding import NAME, SEARCHES, TOKENS, soft_tokens
 from unlearn.attacks.interface import Ground
-from unlearn.attacks.relearning import hit_rates, split
-from unlearn.attacks.signals import collect
+from unlearn.attacks.relearning import split
+from unlearn.attacks.signals import collect, hit_rates
 from unlearn.data import load
 from unlearn.errors import BadInput, Collapsed
 from unlearn.interface import Subject

@@ -56,7 +56,7 @@ def read_back(task: CausalLM, tokens: torch.Tensor) -> str:
 def grounded(task: CausalLM) -> Ground:
     forget = encoded(task)
     shout = {"loud": lambda texts: [f"{text} {text}" for text in texts]}
-    translations, rows = languages.translated(forget, shout, answers=False)
+    translations, rows = languages.translated(forget, shout)
     return Ground(forget, None, translations, rows, ("{question} {answer} Sure:", "{question}"))
 
 
@@ -152,6 +152,7 @@ def test_tries_of_a_record_stand_together_and_other_truths_apart(knowing: Subjec
     tries = [Try(1, forget[1]), Try(0, forget[0]), Try(1, begun(forget, 1)), Try(1, forget[1])]
     found = elicited(knowing.model, forget, tries, Run(task), "ask")
     answers = [WORLD.forget[i]["answer"] for i in (1, 0)]
+    assert found.record == [1, 0, 1]
     assert found.truth[:2] == answers
     assert [len(said) for said in found.said] == [2, 1, 1]
     assert answers[0].endswith(found.truth[2])
@@ -405,6 +406,7 @@ def test_translations_of_a_file(tmp_path: Path, knowing: Subject, suffix: str) -
     ground = Ground(forget, translations=translations, rows=rows)
     found = languages.ATTACK.elicit(knowing.model, ground, Run(task))
     # one record asked in two languages for one truth, and one after two truths
+    assert found.record == [1, 0, 1]
     assert found.truth == ["Gestern.", own[0], own[1]]
     assert [len(said) for said in found.said] == [1, 2, 1]
 
@@ -462,14 +464,12 @@ def test_translations_are_made_by_any_function(knowing: Subject) -> None:
     def upper(texts: list[str]) -> list[str]:
         return [text.upper() for text in texts]
 
-    for answers in (True, False):
-        translations, rows = languages.translated(forget, {"loud": upper}, answers=answers)
-        assert rows == {"loud": [0, 1, 2]}
-        for i in (0, 1):
-            made, record = translations["loud"].examples[i], WORLD.forget[i]
-            assert made["question"] == record["question"].upper()
-            assert made["answer"] == (record["answer"].upper() if answers else record["answer"])
-        assert translations["loud"].examples[2] == {"text": "ADELA LIVES."}
+    translations, rows = languages.translated(forget, {"loud": upper})
+    assert rows == {"loud": [0, 1, 2]}
+    for i in (0, 1):
+        made, record = translations["loud"].examples[i], WORLD.forget[i]
+        assert made == {name: record[name].upper() for name in ("question", "answer")}
+    assert translations["loud"].examples[2] == {"text": "ADELA LIVES."}
 
 
 def test_translations_that_do_not_fit_are_left_out(knowing: Subject) -> None:
@@ -491,8 +491,11 @@ def test_a_translator_gives_a_text_for_each() -> None:
     assert languages.translate(["a", "b"], lambda texts: [t * 2 for t in texts]) == ["aa", "bb"]
     with pytest.raises(BadInput, match="1 translations of 2 texts"):
         languages.translate(["a", "b"], lambda texts: texts[:1])
-    with pytest.raises(BadInput, match="no words for 'b'"):
+    with pytest.raises(BadInput, match=r"no words for text 2 of 2$"):  # and not the text itself
         languages.translate(["a", "b"], lambda texts: ["a", " "])
+    for wrong in ({}, {"target": "spa"}, {"model": "x", "language": "spa"}):
+        with pytest.raises(BadInput, match="model, source and target"):
+            languages.translate(["a"], wrong)
 
 
 LEXICON = {"red": "rojo", "blue": "azul", "old": "viejo", "new": "nuevo", "house": "casa"}
@@ -539,16 +542,19 @@ def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_translation_model_is_read_from_its_directory(
-    tmp_path: Path, translator: Path, torch_state: None
+    tmp_path: Path, translator: Path, torch_state: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = shutil.copytree(translator, tmp_path / "copy")
     texts = ["old house", "blue red", "house", "new house"]
-    found = languages.translate(texts, directory, size=3)
+    monkeypatch.setattr(languages, "TOGETHER", 3)
+    found = languages.translate(texts, directory)
     assert found[:2] == ["viejo casa", "azul rojo"]
     assert found[3] == "nuevo casa"
-    assert found == languages.translate(texts, str(directory), size=1)
+    monkeypatch.setattr(languages, "TOGETHER", 1)
+    assert found == languages.translate(texts, str(directory))
+    assert found == languages.translate(texts, {"model": str(directory)})
     with pytest.raises(BadInput, match="no token for the language 'deu'"):
-        languages.translate(texts, directory, target="deu")
+        languages.translate(texts, {"model": str(directory), "target": "deu"})
     with pytest.raises(BadInput, match=r"17 tokens .* reads 16"):
         languages.translate(["red " * 16], directory)
     (directory / "model.safetensors").unlink()
@@ -571,5 +577,54 @@ def test_a_multilingual_model_opens_with_the_language(
         return generated[-1]
 
     monkeypatch.setattr(T5ForConditionalGeneration, "generate", watched)
-    languages.translate(["old house red"], translator, target=target)
+    languages.translate(["old house red"], {"model": str(translator), "target": target})
     assert generated[0][0, 1] == {"spa": 3, "fra": 4}[target]
+
+
+@pytest.mark.parametrize("field", ["src_lang", "supported_language_codes"])
+def test_a_model_of_several_languages_must_be_told_which(
+    translator: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, read = AutoTokenizer.from_pretrained(translator), list[str]()
+    # one kind names the language by the first token of an answer, the other before the question
+    setattr(tokenizer, field, "red" if field == "src_lang" else [">>fra<<"])
+    encode = type(tokenizer).__call__
+
+    def watched(self, texts, **how):
+        read.extend(texts)
+        return encode(self, texts, **how)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", watched)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    with pytest.raises(BadInput, match="knows several languages"):
+        languages.translate(["house"], translator)
+    read.clear()
+    given = {"model": str(translator), "source": "red", "target": "fra"}
+    languages.translate(["house"], given)
+    assert set(read) == {"house" if field == "src_lang" else ">>fra<< house"}
+    assert tokenizer.src_lang == "red"
+
+
+def test_a_preamble_leaves_room_for_the_answer(
+    knowing: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(knowing, 256)
+    forget = encoded(task)
+    units = [forget[i]["units"] for i in range(len(forget))]
+    word = int(forget[0]["answer"][0])
+
+    def ramble(model: nn.Module, args: tuple, output: ModelOutput) -> None:
+        output.logits[:, -1, word] = 1e4
+
+    handle = knowing.model.register_forward_hook(ramble)
+    tries = [Try(i, forget[i]) for i in range(len(forget))]
+    found = elicited(knowing.model, forget, tries, Run(task), "ask")
+    monkeypatch.setattr(prompting, "LONGEST", 20)
+    short = elicited(knowing.model, forget, tries, Run(task), "ask")
+    handle.remove()
+    said = read_back(task, torch.tensor([word])).strip()
+    counts = {tries[0].count(said) for tries in found.said}
+    assert counts == {2 * max(units) + prompting.PREAMBLE}
+    assert {tries[0].count(said) for tries in short.said} == {20}

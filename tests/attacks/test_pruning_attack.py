@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.plain import vectors, with_statistics
-from unlearn.attacks.interface import Ground
+from unlearn.attacks.interface import Ground, Inapplicable
 from unlearn.attacks.pruning import SEARCHES, SHARES, prune, pruned
 from unlearn.data import load
 from unlearn.errors import BadInput
@@ -104,5 +104,5 @@ def test_weights_are_back_after_an_interruption() -> None:
 def test_what_cannot_be_pruned() -> None:
     with pytest.raises(BadInput, match="from 0 to 1"):
         pruned(torch.ones(1, 2), 1.5)
-    with pytest.raises(BadInput, match="no layer to prune"):
+    with pytest.raises(Inapplicable, match="no layer to prune"):
         SEARCHES[0].score(nn.Sequential(nn.Linear(5, 3)), Ground(records()), Run(TASK))

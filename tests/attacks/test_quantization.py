@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.plain import factory, vectors, with_statistics
 from unlearn import demo
-from unlearn.attacks.interface import Ground
+from unlearn.attacks.interface import Ground, Inapplicable
 from unlearn.attacks.quantization import (
     SEARCHES,
     backend,
@@ -22,8 +22,7 @@ from unlearn.attacks.quantization import (
     quantize,
     rounded,
 )
-from unlearn.attacks.relearning import hit_rates
-from unlearn.attacks.signals import collect
+from unlearn.attacks.signals import collect, hit_rates
 from unlearn.data import load
 from unlearn.errors import BadInput
 from unlearn.run import Run, Silent
@@ -151,7 +150,7 @@ def test_weights_and_modes_are_back_after_an_interruption(search) -> None:
 
 
 def test_a_model_of_one_layer_cannot_be_rounded() -> None:
-    with pytest.raises(BadInput, match="no layer to round"):
+    with pytest.raises(Inapplicable, match="no layer to round"):
         FOUR.score(
             nn.Sequential(nn.Linear(5, 3)), Ground(vectors_to_forget()), Run(Classification(3))
         )

@@ -24,8 +24,6 @@ from unlearn.attacks.relearning import (
     SEARCHES,
     SHOWN,
     Relearned,
-    over_budgets,
-    put_back,
     recovered,
     relearn,
     split,
@@ -33,6 +31,7 @@ from unlearn.attacks.relearning import (
     unrelated,
 )
 from unlearn.attacks.signals import collect
+from unlearn.attacks.weights import put_back
 from unlearn.data import load
 from unlearn.errors import BadInput, Collapsed
 from unlearn.interface import Subject
@@ -100,23 +99,9 @@ def test_split_parts_are_disjoint_and_repeatable(n: int, seed: int) -> None:
     assert len(few) == min(n // 2, 4)
 
 
-@given(st.integers(2, 600), st.integers(0, 10), st.floats(0.01, 0.99))
-def test_a_share_of_all_records_is_shown(n: int, seed: int, share: float) -> None:
-    shown, held = split(n, seed, share)
-    assert len(shown) == min(n - 1, max(1, round(share * n)))
-    assert len(held) == min(n - len(shown), HELD)
-    assert not set(shown) & set(held)
-    assert set(shown) | set(held) <= set(range(n))
-
-
-def test_four_fifths_are_shown_and_one_is_held() -> None:
-    shown, held = split(50, 0, 0.8)
-    assert (len(shown), len(held)) == (40, 10)
+def test_split_needs_two_records_and_some_to_show() -> None:
     with pytest.raises(BadInput, match="must not be 0"):
         split(50, 0, 0)
-
-
-def test_split_needs_two_records() -> None:
     with pytest.raises(BadInput, match="there is 1"):
         split(1, 0)
 
@@ -300,36 +285,6 @@ def test_unrelated_records_alone_are_trained_on(monkeypatch: pytest.MonkeyPatch)
     assert found == pytest.approx(recovered(hits, relearning.STEPS))
     with pytest.raises(BadInput, match="--retain"):
         SEARCHES[0].score(model, Ground(forget), Run(forget.task))
-
-
-def test_budgets_share_the_held_out_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, forget, _, retain = plain_sets()
-    seen: list[tuple[list[str], list[str]]] = []
-    real = relearning.relearn
-
-    def spied(
-        model: nn.Module, shown: Encoded, held: Encoded, retain: Encoded | None, run: Run
-    ) -> Relearned:
-        seen.append(([*shown.examples.ids], [*held.examples.ids]))
-        return real(model, shown, held, retain, run, GENTLE, (0, 2))
-
-    monkeypatch.setattr(relearning, "relearn", spied)
-    run = Run(forget.task, seed=3)
-    tried, areas = over_budgets(model, forget, retain, run)
-    assert tried == [1, 5]  # half of ten records are held out
-    assert areas.shape == (2, 5)
-    (one, held), (five, same) = seen
-    assert held == same
-    assert set(one) < set(five)
-    assert not set(five) & set(held)
-    shown, rest = split(10, 3, 5)
-    alone = real(model, forget.select(shown), forget.select(rest), retain, run, GENTLE, (0, 2))
-    assert areas[1].tolist() == recovered(alone.hits, alone.steps).tolist()
-    assert over_budgets(model, forget, retain, run, (7, 9))[0] == [5]
-    assert recovered(areas, tried) == pytest.approx(areas.mean(0))
-    for wrong in ((), (0, 1), (2, 1), (1, 1)):
-        with pytest.raises(BadInput, match="ascend from 1"):
-            over_budgets(model, forget, retain, run, wrong)
 
 
 def test_put_back_puts_back_whatever_is_raised() -> None:

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unlearn.cli.main import cli
-from unlearn.errors import BadInput
+from unlearn.errors import BadInput, MissingNeed
 from unlearn.evaluations import objectives
-from unlearn.evaluations.comparison import badness, compare, render_html, unique_names
+from unlearn.evaluations.comparison import badness, compare, unique_names
+from unlearn.evaluations.comparison_page import render_html
 from unlearn.evaluations.schema import (
     Distribution,
     Finding,
@@ -80,8 +81,12 @@ def folders(tmp_path: Path, *reports: Report) -> list[Path]:
 # ------------------------------------------------------------------------------- two numbers
 
 
+def forgetting(*findings: Finding) -> float:
+    return objectives.objectives([*findings, kept(value(0.8))]).forgetting
+
+
 def test_forgetting_is_the_mean_distance_of_what_decides() -> None:
-    found = report(
+    found = [
         finding("extraction_strength", value(0.30), retrained=value(0.10)),
         member(value(0.30), retrained=value(0.45)),
         finding("logit_lens", value(0.20), retrained=value(0.40), group="probe",
@@ -89,14 +94,15 @@ def test_forgetting_is_the_mean_distance_of_what_decides() -> None:
         finding("relearning", value(0.9), retrained=value(0.5), group="durability",
                 required=False),
         member(value(0.0), verdict="invalid", subset="holdout_forget"),
-        kept(value(0.1)),
-    )  # fmt: skip
+        finding("accuracy", value(0.9), verdict="not_run", criterion=""),
+    ]  # fmt: skip
     # above by 0.20; too well forgotten by 0.15; less than the retrained model is no harm
     assert objectives.distances(found) == pytest.approx({
         ("extraction_strength", "forget"): 0.2, ("membership_loss", "forget"): 0.15,
         ("logit_lens", "forget"): 0.0,
     })  # fmt: skip
-    assert objectives.forgetting(found) == pytest.approx(0.35 / 3)
+    assert forgetting(*found) == pytest.approx(0.35 / 3)
+    assert objectives.distances(found[3:]) == pytest.approx({("relearning", "forget"): 0.4})
 
 
 @pytest.mark.parametrize(
@@ -111,32 +117,58 @@ def test_forgetting_is_the_mean_distance_of_what_decides() -> None:
 )
 def test_what_a_finding_is_held_against(measured: Finding, distance: float) -> None:
     unseen = kept(value(0.5), value(0.7), subset="holdout")
-    assert objectives.forgetting(report(measured, unseen)) == pytest.approx(distance)
+    assert forgetting(measured, unseen) == pytest.approx(distance)
 
 
 def test_pictures_of_noise_are_not_forgetting() -> None:
     drawn = finding("unlearning_accuracy", value(1.0), better="higher")
-    quality = finding("picture_quality", value(0.1), original=value(0.9), better="higher",
-                      group="guard", criterion="at most 0.50 below the original's own")  # fmt: skip
-    assert objectives.forgetting(report(drawn, quality)) == pytest.approx(0.4)
-    with pytest.raises(BadInput, match="no finding that says how far"):
-        objectives.forgetting(report(quality))  # alone it says nothing about forgetting
+
+    def quality(now: float, *references: float) -> Finding:
+        roles = dict(zip(("original", "retrained"), map(value, references), strict=False))
+        return finding("picture_quality", value(now), better="higher", group="guard",
+                       criterion="at most 0.50 below the original's own", **roles)  # fmt: skip
+
+    assert forgetting(drawn, quality(0.1, 0.9)) == pytest.approx(0.4)
+    assert forgetting(drawn, quality(0.1, 0.9, 0.5)) == pytest.approx(0.2)  # no better than either
+    assert forgetting(drawn, quality(0.1, 0.5, 0.9)) == pytest.approx(0.2)
+    with pytest.raises(MissingNeed, match="how a model that forgot would look"):
+        forgetting(quality(0.1, 0.9))  # alone it says nothing about forgetting
 
 
 def test_utility_is_the_mean_share_that_is_kept() -> None:
-    found = report(
+    def utility(*findings: Finding) -> float:
+        return objectives.objectives([*findings, member(value(0.5))]).utility
+
+    found = (
         kept(value(0.6)),
         kept(value(0.9), subset="holdout"),  # a gain hides no loss
         kept(value(0.0), better="lower", subset="holdout_forget"),
         finding("rouge", value(0.1), group="utility", subset="retain", better="higher",
                 original=value(1.0), required=False),
     )  # fmt: skip
-    assert objectives.utility(found) == pytest.approx((0.75 + 1.0) / 2)
-    assert objectives.utility(report(kept(None, verdict="fail"))) == 0.0
+    assert utility(*found) == pytest.approx((0.75 + 1.0) / 2)
+    assert utility(kept(None, verdict="fail")) == 0.0
     informal = kept(value(0.4), required=False, criterion="", verdict="info")
-    assert objectives.utility(report(informal)) == pytest.approx(0.5)
-    with pytest.raises(BadInput, match="what the model has kept"):
-        objectives.utility(report(member(value(0.5))))
+    assert utility(informal) == pytest.approx(0.5)
+    with pytest.raises(MissingNeed, match="what must stay"):
+        utility()
+
+
+def test_the_numbers_say_what_they_are_means_of() -> None:
+    found = objectives.objectives([member(value(0.2)), kept(value(0.6))])
+    assert found.parts == pytest.approx({"membership_loss.forget": 0.3, "accuracy.retain": 0.75})
+    assert found.point == pytest.approx((0.3, 0.75))
+
+
+def test_the_best_forgets_most_among_those_that_kept_enough() -> None:
+    assert objectives.best([(0.6, 1.0), (0.4, 0.95), (0.1, 0.94)]) == 1
+    assert objectives.best([(0.4, 0.96), (0.4, 0.99), (0.5, 1.0)]) == 1  # 0 is beaten by 1
+
+
+def test_where_none_kept_enough_the_best_is_the_knee() -> None:
+    # scaled over the front: (1, 0), (0.25, 0.25), (0, 1) from the corner; the last is beaten
+    assert objectives.best([(0.8, 0.9), (0.2, 0.7), (0.0, 0.1), (0.9, 0.9)]) == 1
+    assert objectives.best([(0.3, 0.2)]) == 0
 
 
 pairs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12)
@@ -214,6 +246,32 @@ def test_what_all_share_stands_once(tmp_path: Path) -> None:
     assert "They were held against different retrained models." in compare(places).warnings
 
 
+def test_a_retrained_model_that_only_some_have_is_no_common_reference(tmp_path: Path) -> None:
+    # the first is 0.4 from one half, the second 0.1 from its retrained model
+    alone, beside = member(value(0.9, 0.01)), member(value(0.9, 0.01), retrained=value(0.8))
+    gone = [
+        finding("loss", value(v, 0.01), retrained=r) for v, r in ((0.9, None), (0.2, value(0.1)))
+    ]
+    both = [report(alone, gone[0], kept(value(0.8))), report(beside, gone[1], kept(value(0.4)))]
+    places = folders(tmp_path, *both)
+    for directories in (places, places[::-1]):
+        found = compare(directories)
+        marked = {row.name: sorted(cell.mark for cell in row.cells if cell) for row in found.rows}
+        assert marked["membership_loss"] == ["", ""]
+        assert marked["loss"] == ["behind", "best"]  # lower is lower, whatever the reference
+        assert found.forgetting_of == ()
+        assert found.utility_of == (("accuracy", "retain"),)
+        assert {run.forgetting for run in found.runs} == {None}
+        assert all(row.retrained is None for row in found.rows)
+        assert [w for w in found.warnings if "run-1 had no retrained model" in w]
+        assert "held against a reference of one kind" in render_html(found)
+
+
+def test_intervals_of_different_levels_are_not_compared(tmp_path: Path) -> None:
+    wide = Value(value=0.9, interval=Interval(low=0.8, high=0.95, level=0.99))
+    assert marks(tmp_path, kept(value(0.1, 0.01)), kept(wide)) == ["", ""]
+
+
 def test_axes_are_what_all_runs_share(tmp_path: Path) -> None:
     deep = finding("relearning", value(0.9), retrained=value(0.1), group="durability")
     quick = report(member(value(0.6)), kept(value(0.4)))
@@ -266,6 +324,13 @@ def test_the_same_losses_mean_the_same_records(tmp_path: Path) -> None:
     one = report(member(value(0.5)), distributions=losses(1.0, 2.0))
     other = report(member(value(0.5)), distributions=losses(2.0, 1.0), sets=other_key)
     assert compare(folders(tmp_path, one, other)).warnings == ()
+
+
+def test_two_distributions_of_one_report_are_not_two_reports(tmp_path: Path) -> None:
+    twice = losses(1.0, 2.0) * 2
+    one = report(member(value(0.5)), distributions=twice)
+    other = report(member(value(0.5)), sets=(RecordSet(name="forget", n=40, fingerprint="k2"),))
+    assert "cannot be told" in compare(folders(tmp_path, one, other)).warnings[0]
 
 
 def test_nothing_in_common_is_refused(tmp_path: Path) -> None:
@@ -339,3 +404,39 @@ def test_the_command_writes_and_prints(tmp_path: Path) -> None:
     nowhere = CliRunner().invoke(cli, arguments)
     assert nowhere.exit_code == 2
     assert "--out" in nowhere.stderr
+    nothing = CliRunner().invoke(cli, ["compare", "nothing"])
+    assert "nothing is no directory" in nothing.stderr
+
+
+def test_the_page_replaces_pages_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = folders(tmp_path, report(kept(value(0.5))), report(kept(value(0.9))))
+    (tmp_path / "notes.html").write_text("mine")
+    (tmp_path / "link").symlink_to(places[0])
+    page = tmp_path / "page.html"
+
+    def said(out: Path) -> str:
+        result = CliRunner().invoke(cli, ["compare", *map(str, places), "--out", str(out)])
+        assert result.exit_code == (2 if result.stderr else 0), result.output
+        return result.stderr
+
+    assert said(page) == ""
+    assert said(page) == ""  # it is one of these
+    with monkeypatch.context() as patch:  # nothing is compared before
+        patch.setattr("unlearn.evaluations.comparison.compare", None)
+        assert "lies within" in said(places[1] / "report.json")
+        assert "lies within" in said(tmp_path / "link" / "new.html")
+        assert "no page of a comparison" in said(tmp_path / "notes.html")
+        assert "no page of a comparison" in said(tmp_path)
+        assert "does not exist" in said(tmp_path / "none" / "page.html")
+    assert (tmp_path / "notes.html").read_text() == "mine"
+
+
+def test_memorization_is_no_erasure(tmp_path: Path) -> None:
+    (place,) = folders(tmp_path, report(kept(value(0.5))))
+    other = tmp_path / "memory"
+    other.mkdir()
+    (other / "report.json").write_text('{"schema_version": "1", "kind": "memorization"}')
+    for arguments in (["compare", str(place), str(other), "--json"], ["report", str(other)]):
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 2
+        assert "is of a memorization audit" in result.stderr

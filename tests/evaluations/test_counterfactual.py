@@ -8,7 +8,7 @@ from unlearn import demo
 from unlearn.checkpoint import inspect
 from unlearn.data import load
 from unlearn.errors import BadInput
-from unlearn.evaluations.counterfactual import halves, memories, recipe
+from unlearn.evaluations.counterfactual import check_start, halves, memories, recipe
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
 from unlearn.weights import save
@@ -55,3 +55,18 @@ def test_recipes_that_cannot_be_followed(tiny_lm):
     in_memory = inspect(inspect(tiny_lm).load())
     with pytest.raises(BadInput, match="init="):
         recipe({"epochs": 3}, in_memory)
+
+
+def test_weights_to_start_from_take_the_models_place(tiny_lm, tiny_images, tmp_path):
+    words, pictures = inspect(tiny_lm), inspect(tiny_images[0])
+    for init, checkpoint in ((None, words), (str(tiny_lm), words), (str(tiny_images[0]), pictures)):
+        check_start(init, checkpoint)
+    other = demo.tiny_llama([{"question": "quite other", "answer": "words"}], width=32, depth=1)
+    save(other, torch.float32, tmp_path / "words")
+    for init, checkpoint, fault in (
+        (tmp_path / "nosuch", words, "nosuch does not exist"),
+        (tmp_path / "words", words, "another vocabulary"),
+        (tiny_images[0], words, "for classification, and the audited model one for causal_lm"),
+    ):
+        with pytest.raises(BadInput, match=fault):
+            check_start(str(init), checkpoint)

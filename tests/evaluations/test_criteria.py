@@ -247,7 +247,7 @@ def test_margins_of_a_file_replace_the_shipped_ones(tmp_path) -> None:
     [
         ("acuracy.forget", "did you mean accuracy?"),
         ("accuracy.forgot", "did you mean forget?"),
-        ("accuracy.", "known are: forget, holdout, holdout_forget, retain"),
+        ("accuracy.", "known are: forget, holdout, holdout_forget, neighbours, retain"),
         ("membership_los", "did you mean membership_loss?"),
         ("loss", "known are: accuracy"),  # in nats: no share to give a margin
     ],

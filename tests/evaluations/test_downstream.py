@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from unlearn import demo
-from unlearn.attacks.interface import Ground
+from unlearn.attacks.interface import Ground, Inapplicable
 from unlearn.data import load
 from unlearn.errors import BadInput
 from unlearn.evaluations import downstream
@@ -206,15 +206,18 @@ def test_what_knows_and_what_refuses_is_told_from_what_never_learned(
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ([{"text": "Only a text."}, {"text": "And another."}], "questions"),
+        ([{"text": "Only a text."}, {"question": "Who?", "answer": "Ann."}], "questions"),
         ([{"question": "Who?", "answer": "Ann."}], "no wrong answer"),
         ([{"question": "Who?", "answer": "Ann."}, {"question": "Whose?", "answer": "Ann."}],
          "no wrong answer"),
     ],
 )  # fmt: skip
 def test_records_that_leave_nothing_to_choose_are_refused(rows, match, task: CausalLM) -> None:
-    with pytest.raises(BadInput, match=match):
+    with pytest.raises(BadInput, match=match) as raised:
         choices(encoded(rows, task))
+    assert not isinstance(raised.value, Inapplicable)  # other records would do
+    with pytest.raises(Inapplicable, match="plain texts"):
+        choices(encoded([{"text": "Only a text."}, {"text": "And another."}], task))
 
 
 def test_prompts_and_completions_are_questions_too(task: CausalLM) -> None:

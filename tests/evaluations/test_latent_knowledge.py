@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unlearn import demo
-from unlearn.attacks.interface import Ground
+from unlearn.attacks.interface import Ground, Inapplicable
 from unlearn.data import load
 from unlearn.errors import BadInput
 from unlearn.evaluations import latent_knowledge
@@ -90,6 +90,22 @@ def test_the_sign_comes_from_retain_records(probe) -> None:
     assert probe(parts((2.0,)), [there]).tolist() == [1.0] * 40
 
 
+@pytest.mark.parametrize("probe", [supervised, unsupervised])
+def test_what_is_the_same_is_neither_true_nor_wrong(probe) -> None:
+    there = planted(10, 2.0, 96)
+    wrong = np.repeat(there.true[:, None], K, axis=1)
+    wrong[:, 0] = there.wrong[:, 0]  # one of the K differs
+    assert (
+        probe(parts((2.0,)), [States(there.true, wrong)]).tolist()
+        == [pytest.approx((1 + 0.5 * (K - 1)) / K)] * 10
+    )
+    nothing = [
+        [States(p.true, p.wrong * 0 + p.true[:, None]) for p in part] for part in parts((1,))
+    ]
+    same = States(there.true, np.repeat(there.true[:, None], K, axis=1))
+    assert probe(nothing, [same]).tolist() == [0.5] * 10
+
+
 def test_contrast_consistent_search_finds_the_planted_direction_up_to_its_sign() -> None:
     true, wrong = planted(60, 2.0, 1).pairs()
     swap = np.random.default_rng(2).random((len(true), 1)) < 0.5
@@ -157,6 +173,26 @@ def test_a_model_is_left_as_it_was_and_gives_the_same_twice(search, ground) -> N
     assert model.training
     model.eval()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("search", [SEARCH, UNSUPERVISED])
+def test_a_model_without_finite_states_is_named(search, ground) -> None:
+    model, there, task = ground
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(iter(task.layers(broken).values())).mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(BadInput, match="hidden states are not finite"):
+        search.score(broken, there, Run(task))
+
+
+def test_texts_have_no_latent_answer_and_other_retain_records_would_do(ground) -> None:
+    model, there, task = ground
+    texts = Encoded(load([{"text": f"A text {i}."} for i in range(12)], "forget"), task)
+    with pytest.raises(Inapplicable, match="plain texts"):
+        SEARCH.score(model, Ground(texts, there.retain), Run(task))
+    with pytest.raises(BadInput, match="plain texts") as raised:
+        SEARCH.score(model, Ground(there.forget, texts), Run(task))
+    assert not isinstance(raised.value, Inapplicable)
 
 
 @pytest.mark.parametrize("search", [SEARCH, UNSUPERVISED])

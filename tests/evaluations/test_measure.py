@@ -78,7 +78,7 @@ def test_sets_other_than_the_forget_set_are_sampled(monkeypatch: pytest.MonkeyPa
 
 def test_layers_of_a_deep_model_are_thinned_evenly() -> None:
     names = [str(i) for i in range(33)]
-    kept = measure._thinned(names)
+    kept = measure.thinned(names)
     assert len(kept) == measure.LAYERS
     assert (kept[0], kept[-1]) == ("0", "32")
-    assert measure._thinned(names[:3]) == names[:3]
+    assert measure.thinned(names[:3]) == names[:3]

@@ -15,9 +15,10 @@ from tests import digits, plain
 from unlearn import demo, manifest
 from unlearn.cli.main import cli
 from unlearn.config import MemorizationConfig, configure
-from unlearn.errors import BadInput
-from unlearn.evaluations import memorizing
-from unlearn.evaluations.memorizing import Memorization, audit_memorization
+from unlearn.errors import BadInput, Collapsed
+from unlearn.evaluations import memorization_page, memorization_plan, memorizing
+from unlearn.evaluations.memorization_schema import Example, Memorization
+from unlearn.evaluations.memorizing import audit_memorization
 from unlearn.weights import save
 
 COPIES = (1, 4, 16)
@@ -161,17 +162,17 @@ def test_the_page_is_self_contained_and_escaped(world):
             "title": f"{EVIL} & co",
             "settings": {**found.settings, "corpus": EVIL},
             "not_run": {EVIL: EVIL},
-            "examples": (memorizing.Example(beginning=EVIL, continuation=EVIL),),
+            "examples": (Example(beginning=EVIL, continuation=EVIL),),
         }
     )
-    html = memorizing.render(evil)
+    html = memorization_page.render(evil)
     page = Page()
     page.feed(html)
     assert "script" not in page.tags
     assert EVIL not in html
     assert all(link.startswith("#") for link in page.links)
     assert html.count('<svg class="figure"') == 2
-    assert memorizing.render(evil) == html
+    assert memorization_page.render(evil) == html
 
 
 def test_python_measures_objects_in_memory_and_leaves_them_alone(world):
@@ -211,6 +212,7 @@ def test_interrupted_work_goes_on(world, monkeypatch):
         patch.setattr(memorizing, "collect", None)  # what was measured is read back
         patch.setattr(memorizing, "recollect", None)
         patch.setattr(memorizing, "retained", None)
+        patch.setattr(memorizing, "trial", None)
         result = call(*arguments)
     assert result.exit_code == 0, result.output
     assert "Going on" in result.stderr
@@ -247,8 +249,8 @@ def test_positions_belong_to_memorization(world):
     assert "name the model and what it was" in faulty("--only", "memorization", "--out", "x")
     assert "pass --out" in faulty(*only(world))
     assert "given twice" in faulty(*only(world, "--data", "x", "--out", world / "x"))
-    assert "no setting 'suffix'" in faulty("--original", "a", "--unlearned", "b", "--out", "c",
-                                           "--suffix", 3)  # fmt: skip
+    said = faulty("--original", "a", "--unlearned", "b", "--out", "c", "--suffix", 3, "--match", 2)
+    assert "--match, --suffix: only with --only memorization" in said
 
 
 @pytest.mark.parametrize(
@@ -262,6 +264,8 @@ def test_positions_belong_to_memorization(world):
         (["--corpus", "nowhere.txt"], "nowhere.txt to search does not exist"),
         (["--training", "epoks=3"], "epochs"),
         (["--device", "cuda:99x"], "device"),
+        (["--corpus", "pyproject.toml"], "ends in none of"),
+        (["--training", "init=nosuch"], "nosuch does not exist"),
     ],
 )
 def test_settings_that_cannot_be(world, more, sentence):
@@ -275,6 +279,78 @@ def test_sets_that_overlap(world):
     assert "are also in the holdout set" in said
 
 
+def test_white_space_hides_no_overlap(world):
+    row = json.loads((world / "data.jsonl").open().readline())
+    spaced = {"text": f" {row['text'].replace(' ', '  ')}\n"}
+    demo.write_jsonl(world / "spaced.jsonl", [spaced])
+    for name in ("--holdout", "--further"):
+        said = faulty(*only(world, name, world / "spaced.jsonl", "--out", world / "x"))
+        assert f"are also in the {name[2:]} set" in said
+
+
+def test_one_word_makes_no_edit(world):
+    with pytest.raises(BadInput, match="edited with other words"):
+        audit_memorization(world / "model", [{"text": "a a a a a a"}], suffix=1, prefixes="1")
+
+
+def test_models_to_start_from_have_the_same_words(world, tmp_path):
+    other = demo.tiny_llama([{"question": "other words", "answer": "alone"}], width=64, depth=2)
+    save(other, torch.float32, tmp_path / "words")
+    how = {"training": {"init": str(tmp_path / "words")}, "suffix": 4, "prefixes": "2"}
+    with pytest.raises(BadInput, match="has another vocabulary than the audited model"):
+        audit_memorization(world / "model", world / "data.jsonl", **how)
+
+
+def test_what_fails_late_leaves_the_rest(world, monkeypatch):
+    corpus = world / "broken.jsonl"
+    corpus.write_text('{"text": "a"}\n{"text": \n')
+
+    def fail(*_: object, **__: object) -> None:
+        raise Collapsed("the loss is not finite")
+
+    monkeypatch.setattr(memorizing, "halves", fail)
+    out = world / "late"
+    found = audit_memorization(
+        world / "model", world / "data.jsonl", suffix=4, prefixes="2", generations=4, match=2,
+        retention_steps=0, corpus=corpus, out=out, training={"init": str(world / "model")},
+    )  # fmt: skip
+    assert (out / "report.json").exists()
+    assert found.extractable.by_prefix[0].share.n == 24
+    assert (found.verbatim, found.counterfactual) == (None, None)
+    name = f"{world.name}/broken.jsonl"
+    assert found.not_run["verbatim generation"].startswith(f"{name} line 2 is not JSON")
+    why = "training new models failed: the loss is not finite."
+    assert found.not_run["counterfactual memorization"] == why
+    # whose folders they are is nobody's business
+    assert found.settings["corpus"] == name
+    assert found.settings["training"] == {"init": f"{world.name}/model"}
+    for file in ("report.json", "report.html"):
+        assert str(world) not in (out / file).read_text()
+
+
+def test_models_that_say_nothing_are_measured_all_the_same(world, monkeypatch):
+    monkeypatch.setattr(memorizing, "sampled_answers", lambda *_, **__: ["", " "])
+    found = audit_memorization(
+        world / "model", world / "data.jsonl", suffix=4, prefixes="2", retention_steps=0,
+        training={"epochs": 1}, shadows=0,
+    )  # fmt: skip
+    assert "no words" in found.not_run["verbatim generation"]
+    assert found.not_run["counterfactual memorization"] == "--shadows is 0."
+
+
+def test_changed_files_are_other_work(world):
+    corpus = world / "corpus.txt"
+    corpus.write_text("a b")
+    how = configure(
+        MemorizationConfig, checkpoint=world / "model", data=world / "data.jsonl", suffix=4,
+        prefixes="2", corpus=corpus,
+    )  # fmt: skip
+    before = memorization_plan.plan(how).case.identity()
+    assert memorization_plan.plan(how).case.identity() == before
+    corpus.write_text("a b c")
+    assert memorization_plan.plan(how).case.identity() != before
+
+
 def test_directories_are_never_overwritten(world, done):
     assert "exists already" in faulty(*only(world, "--out", done[0]))
 
@@ -284,7 +360,7 @@ def test_models_of_other_families_are_refused(tiny_images, tiny_vectors):
     with pytest.raises(BadInput, match=r"a classifier; .*memorization scores"):
         audit_memorization(model, pictures)
     with pytest.raises(BadInput, match="--model means nothing"):
-        memorizing.plan(
+        memorization_plan.plan(
             configure(
                 MemorizationConfig, checkpoint=tiny_vectors, data=plain.vectors(4),
                 model="tests.plain:factory",

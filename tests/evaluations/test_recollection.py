@@ -1,5 +1,7 @@
 """Recognition, recall and retention: by hand, and on a tiny model that knows some texts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,11 @@ from unlearn import demo
 from unlearn.checkpoint import inspect
 from unlearn.data import load
 from unlearn.errors import BadInput
+from unlearn.evaluations import recollection
 from unlearn.evaluations.extractable import begun
 from unlearn.evaluations.recollection import (
     EDITS,
+    differing,
     minimal_edits,
     preferred,
     recalled,
@@ -22,10 +26,14 @@ from unlearn.evaluations.recollection import (
 )
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
+from unlearn.tasks.causal_lm import CausalLM
 from unlearn.training import Training
 from unlearn.weights import fingerprint_tensors
 
 WORDS = [f"{a}{b}" for a in "bdfgk" for b in "aeiou"]
+
+
+OTHER = {"prompt": torch.tensor([1]), "answer": torch.tensor([5, 6]), "units": 2, "length": 3}
 
 
 def texts(size: int, seed: int) -> list[dict[str, str]]:
@@ -84,7 +92,67 @@ def test_the_only_word_cannot_be_exchanged(known):
     _, task, _ = known
     examples = Encoded(load([{"text": "a a a"}], "data"), task)
     with pytest.raises(BadInput, match="edited with other words"):
-        minimal_edits(examples, ["a", "a"], seed=0)
+        trial(examples, begun(examples), None, prefix=4, suffix=6, seed=0)
+
+
+@pytest.mark.parametrize("longest", [6, 8, 12, 40])
+def test_edits_are_placed_before_the_cut(known, longest):
+    model, task, _ = known
+    short = CausalLM(task.tokenizer, task.classes, longest)
+    rows = texts(8, seed=0)
+    for fields in (rows, [{"prompt": "ba", "completion": row["text"]} for row in rows]):
+        seen = Encoded(load(fields, "data"), short)
+        edited = minimal_edits(seen, WORDS, seed=0)
+        assert differing(seen, edited).all()
+        assert all(e["length"] <= longest for e in map(edited.__getitem__, range(8)))
+    seen = Encoded(load(rows, "data"), short)
+    test = trial(seen, begun(seen), None, prefix=1, suffix=2, seed=0)
+    found = recollect(model, test, Run(short))
+    assert (found.edits.value, found.edits.n) == (1.0, 8)
+
+
+def test_edits_that_do_not_show_are_no_pairs(known):
+    model, task, _ = known
+    short, long = CausalLM(task.tokenizer, task.classes, 4), "q" * 20  # words beyond the cut
+    rows = [{"text": f"{long}x {long}y"}, {"text": f"{long}y {long}z"}]
+    seen = Encoded(load(rows, "data"), short)
+    test = trial(seen, begun(seen), None, prefix=1, suffix=1, seed=0)
+    assert [r["text"] for r in test.edited.examples.rows] != [r["text"] for r in rows]
+    assert not differing(test.seen, test.edited).any()
+    assert recollect(model, test, Run(short)).edits is None
+    alone = replace(test, seen=seen.select([0, 0]), edited=seen.replaced([seen[0], OTHER]))
+    assert recollect(model, alone, Run(short)).edits.n == 1
+
+
+def test_unseen_texts_may_be_fewer_after_retention(test):
+    fewer = test.among([1, 5])
+    assert list(fewer.unseen.examples.rows) == [test.unseen.examples[i] for i in (1, 5)]
+    assert list(fewer.unseen_edited.examples.rows) == [
+        test.unseen_edited.examples[i] for i in (1, 5)
+    ]
+    assert fewer.seen is test.seen
+    assert test.among([]).unseen is None
+
+
+def test_long_suffixes_are_recalled_to_their_end(known):
+    _, task, _ = known
+    long = CausalLM(task.tokenizer, task.classes, 1200)
+    draw = np.random.default_rng(5)
+    words = " ".join(draw.choice(WORDS, 320))
+    seen = Encoded(load([{"text": words}], "data"), long)
+    suffix = int(seen[0]["units"]) - 2
+    assert suffix > 250
+    asked = {}
+
+    def answers(model, part, run, phase, **more):
+        asked.update(more)
+        return [task.tokenizer.decode(part[0]["answer"].tolist()[: more["longest"]])]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recollection, "greedy_answers", answers)
+        found = recalled(None, seen, [slice(1, 1 + suffix)], Run(long), seed=0)
+    assert asked["longest"] >= suffix
+    assert found.tolist() == [1.0]
 
 
 def test_what_is_known_is_recognised_and_recalled(known, test):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unlearn import demo
-from unlearn.attacks.interface import Ground
+from unlearn.attacks.interface import Ground, Inapplicable
 from unlearn.attacks.signals import collect
 from unlearn.data import load
 from unlearn.errors import BadInput
@@ -71,5 +71,5 @@ def test_what_cannot_be_compared_is_refused(world) -> None:
     with pytest.raises(BadInput, match="answers nothing"):
         kept(np.zeros(3), np.ones(3), 0.1)
     texts = Encoded(load([{"text": "Only a text."}], "neighbours"), near.task)
-    with pytest.raises(BadInput, match="without a question"):
+    with pytest.raises(Inapplicable, match="without a question"):
         SEARCH.score(model, Ground(texts), run)

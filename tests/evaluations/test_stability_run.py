@@ -275,3 +275,14 @@ def test_two_processes_see_what_one_sees(
     for ours, theirs in zip(one.looks, two.looks, strict=True):
         assert theirs.forget == pytest.approx(ours.forget, abs=1e-6)
         assert theirs.retain == pytest.approx(ours.retain, abs=0.02)  # sums in another order
+
+
+def test_half_a_line_breaks_no_report():
+    lines = [
+        json.dumps({"event": "look", "time": 1.0, "when": when, "phase": "", "step": 0,
+                    "forget": 0.5, **more})
+        for when, more in (("before", {}), ("after", {"in_place": True}))
+    ]  # fmt: skip
+    whole = looks_of(lines)
+    # killed while it wrote, and gone on behind; garbage; and the same at the end
+    assert looks_of([lines[0][:31] + lines[0], "\x00\x00", "17", *lines[1:], lines[0][:9]]) == whole

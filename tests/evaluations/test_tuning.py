@@ -22,153 +22,62 @@ from safetensors.torch import save_model
 from tests import plain
 from unlearn.cli.main import cli
 from unlearn.config import TuneConfig, configure
-from unlearn.errors import BadInput, MissingNeed, UnlearnError, Unsupported
-from unlearn.evaluations import tune, tuning
-from unlearn.evaluations.criteria import Check
-from unlearn.evaluations.examination import examiner
-from unlearn.evaluations.schema import Value
-from unlearn.evaluations.tuning import (
-    Hopeless,
-    Objectives,
-    Row,
-    Trying,
-    best,
-    front,
-    memorization,
-    objectives,
-)
+from unlearn.errors import BadInput, UnlearnError, Unsupported
+from unlearn.evaluations import study, trials, tune, tuned, tuning
+from unlearn.evaluations.objectives import Objectives, objectives
+from unlearn.evaluations.report import read
+from unlearn.evaluations.schema import Finding, Value
+from unlearn.evaluations.trials import Hopeless, Trying, memorization
+from unlearn.evaluations.tuned import Row, best, front
 from unlearn.run import Silent
 
-# objectives
+# what a trial is worth
 
 
-def check(name: str, subset: str, *values: float | None, **more: Any) -> Check:
-    """A measurement on the original, the unlearned and perhaps the retrained model."""
-    roles = dict(zip(("original", "unlearned", "retrained"), values, strict=False))
-    shown = {role: None if v is None else Value(value=v) for role, v in roles.items()}
-    fields = {"title": name, "better": "lower", "group": "extraction", **shown}
-    state = more.pop("state", None)
-    return Check(name, subset, state=state, fields=fields | more)  # type: ignore[arg-type]
-
-
-MEMBERSHIP = {"better": "closer_to_retrained", "group": "membership"}
-
-
-def test_with_a_retrained_model_forgetting_is_the_distance_from_it() -> None:
-    found = objectives(
-        [
-            check("extraction_strength", "forget", 0.9, 0.3, 0.1),
-            check("membership_loss", "forget", 0.9, 0.3, 0.5, **MEMBERSHIP),
-            check("loss", "forget", 0.1, 9.0, 3.0, better="closer_to_retrained"),
-            check("extraction_strength", "retain", 0.8, 0.6, 0.8),
-            check("rouge_l_recall", "retain", 0.5, 0.6, 0.5),
-        ],
-        classes=False,
-    )
-    assert found.parts == pytest.approx({
-        "extraction_strength.forget": 0.2, "membership_loss.forget": 0.2,
-        "extraction_strength.retain": 0.75, "rouge_l_recall.retain": 1.0,  # a gain pays nothing
-    })  # fmt: skip
-    assert (found.forgetting, found.utility) == pytest.approx((0.2, 0.875))
-
-
-def test_below_the_goal_nothing_is_wrong_but_for_membership() -> None:
-    kept = check("accuracy", "retain", 0.9, 0.9)
-    below = [check("accuracy", "forget", 0.9, 0.2, 0.6), kept]
-    assert objectives(below, classes=False).forgetting == 0
-    drawn = {"better": "higher", "group": "guard"}
-    gone = check("unlearning_accuracy", "forget", 0.1, 1.0, 1.0, better="higher")
-    broken = [check("picture_quality", "forget", 0.8, 0.3, 0.6, **drawn), gone, kept]
-    assert objectives(broken, classes=False).forgetting == pytest.approx(0.3 / 2)
-    fine = [check("picture_quality", "forget", 0.6, 0.7, 0.9, **drawn), gone, kept]
-    assert objectives(fine, classes=False).forgetting == 0
-    with pytest.raises(MissingNeed, match="--classifier"):  # nobody looked at what they show
-        objectives([broken[0], kept], classes=False)
-
-
-def test_without_a_retrained_model_the_goals_are_the_holdouts_one_half_and_nothing() -> None:
-    found = objectives(
-        [
-            check("accuracy", "forget", 1.0, 0.9),
-            check("accuracy", "holdout", 0.7, 0.6),
-            check("membership_loss", "forget", 0.9, 0.4, **MEMBERSHIP),
-        ],
-        classes=False,
-    )
-    assert found.forgetting == pytest.approx((0.2 + 0.1) / 2)
-    assert found.utility == pytest.approx(0.6 / 0.7)
-    of_class = [check("accuracy", "forget", 1.0, 0.25), check("accuracy", "retain", 0.5, 0.5)]
-    assert objectives(of_class, classes=True).forgetting == 0.25
-    drawn = check("unlearning_accuracy", "forget", 0.1, 0.75, better="higher")
-    kept = check("retained_accuracy", "retain", 0.8, 0.4)
-    found = objectives([drawn, kept], classes=False)
-    assert (found.forgetting, found.utility) == (0.25, 0.5)
-
-
-def test_what_cannot_be_relied_on_does_not_count() -> None:
-    kept = check("accuracy", "retain", 0.9, 0.9)
-    blind = check("membership_loss", "forget", 0.9, 0.6, state=("invalid", "why"), **MEMBERSHIP)
-    with pytest.raises(MissingNeed, match="--retrained"):
-        objectives([blind, kept], classes=False)
-    with pytest.raises(MissingNeed, match="must stay"):
-        objectives([check("accuracy", "forget", 1.0, 0.2, 0.1)], classes=False)
-    broken = check("accuracy", "forget", 1.0, None, 0.1, state=("fail", "not finite"))
-    with pytest.raises(Hopeless, match="damaged"):
-        objectives([broken, kept], classes=False)
+def finding(name: str, subset: str, original: float, unlearned: float) -> Finding:
+    values = {"original": Value(value=original), "unlearned": Value(value=unlearned)}
+    return Finding(name=name, title=name, subset=subset, better="higher", n=9, verdict="info",
+                   **values)  # type: ignore[arg-type]  # fmt: skip
 
 
 def test_memorization_is_the_gap_to_unseen_records() -> None:
     found = memorization(
         [
-            check("extraction_strength", "retain", 0.1, 0.8),
-            check("extraction_strength", "holdout", 0.1, 0.3),
-            check("loss", "holdout", 2.0, 2.0 - np.log(1.5)),
-        ],
-        None,
+            finding("extraction_strength", "retain", 0.1, 0.8),
+            finding("extraction_strength", "holdout", 0.1, 0.3),
+            finding("loss", "holdout", 2.0, 2.0 - np.log(1.5)),
+        ]
     )
-    assert (found.forgetting, found.utility) == pytest.approx((0.5, 1.5))
-    accuracy = [check("accuracy", "retain", 0.5, 0.6), check("accuracy", "holdout", 0.8, 0.7),
-                check("loss", "holdout", 1.0, 1.0)]  # fmt: skip
-    found = memorization(accuracy, None)
-    assert (found.forgetting, found.utility) == pytest.approx((0.0, 0.875))
+    assert found.point == pytest.approx((0.5, 1.5))
+    accuracy = [finding("accuracy", "retain", 0.5, 0.6), finding("accuracy", "holdout", 0.8, 0.7)]
+    assert memorization(accuracy).point == pytest.approx((0.0, 0.875))
+    with pytest.raises(Hopeless, match="of no use"):
+        memorization([accuracy[0], finding("accuracy", "holdout", 0.0, 0.7)])
 
 
 def test_memorization_of_a_pipeline_is_told_by_its_denoising_losses() -> None:
     def losses(*values: float) -> Any:
         return SimpleNamespace(loss=lambda: np.array(values))
 
-    audit = SimpleNamespace(signals={
+    signals = {
         "original": {"holdout": losses(2.0, 4.0)},
         "unlearned": {"retain": losses(1.0, 1.0, 3.0), "holdout": losses(2.0, 4.0)},
-    })  # fmt: skip
-    found = memorization([], audit)
-    assert (found.forgetting, found.utility) == pytest.approx((2 * 5 / 6 - 1, 1.0))
+    }
+    assert memorization([], signals).point == pytest.approx((2 * 5 / 6 - 1, 1.0))
+    signals["unlearned"]["retain"] = losses(1.0, np.nan)
+    with pytest.raises(Hopeless, match="damaged"):
+        memorization([], signals)
 
 
 def row(number: int, forgetting: float, utility: float, rejected: str = "") -> Row:
     return Row(number, "search", {"lr": 0.1}, Objectives(forgetting, utility), rejected)
 
 
-def numbers(rows: list[Row]) -> list[int]:
-    return [r.number for r in rows]
-
-
-def test_the_front_is_who_is_beaten_by_none() -> None:
-    rows = [row(0, 0.5, 1.0), row(1, 0.3, 0.9), row(2, 0.4, 0.9), row(3, 0.3, 0.9),
-            row(4, 0.1, 0.2), row(5, 0.2, 0.1), row(6, 0.0, 1.0, "it broke")]  # fmt: skip
-    assert numbers(front(rows)) == [0, 1, 3, 4]
-
-
-def test_the_best_forgets_most_among_those_that_kept_enough() -> None:
-    rows = [row(0, 0.6, 1.0), row(1, 0.4, 0.95), row(2, 0.1, 0.94)]
+def test_what_was_given_up_is_neither_on_the_front_nor_the_best() -> None:
+    rows = [row(0, 0.0, 1.0, "it broke"), row(1, 0.5, 1.0), row(2, 0.3, 0.9), row(3, 0.4, 0.9)]
+    assert [r.number for r in front(rows)] == [1, 2]
     assert best(rows) == rows[1]
-
-
-def test_where_none_kept_enough_the_best_is_the_knee() -> None:
-    # scaled over the front: (1, 0), (0.25, 0.25), (0, 1) from the corner
-    rows = [row(0, 0.8, 0.9), row(1, 0.2, 0.7), row(2, 0.0, 0.1)]
-    assert best(rows) == rows[1]
-    assert best([row(0, 1.0, 0.0, "it broke")]) is None
+    assert best(rows[:1]) is None
 
 
 # whole searches
@@ -254,7 +163,7 @@ def test_what_a_search_leaves(alone: Any) -> None:
 
 def test_the_page_escapes_what_others_wrote(alone: Any) -> None:
     rows = (replace(alone.best, settings={"scope": "<script>alert(1)</script>"}),)
-    page = tuning.render(replace(alone, rows=rows), "<b>somebody</b>")
+    page = tuned.render(replace(alone, rows=rows), "<b>somebody</b>")
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "<b>somebody" not in page
@@ -293,8 +202,8 @@ def test_workers_share_the_trials_of_one_storage(world: Path, tmp_path: Path) ->
     assert len(other.rows) == 3  # the fourth is the first worker's, who may come back
     first = tune(checkpoint, **shared, out=tmp_path / "one")
     assert len(first.rows) == 4
-    study = optuna.load_study(study_name=tuning.STUDY, storage=shared["storage"])
-    done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    held = optuna.load_study(study_name=study.STUDY, storage=shared["storage"])
+    done = [t for t in held.trials if t.state == optuna.trial.TrialState.COMPLETE]
     places = [t.user_attrs["place"].rsplit("/", 1)[1] for t in done]
     assert sorted(places) == ["one", "one", "two", "two"]
 
@@ -302,20 +211,22 @@ def test_workers_share_the_trials_of_one_storage(world: Path, tmp_path: Path) ->
 def test_workers_never_claim_more_than_was_asked_for(world: Path, tmp_path: Path) -> None:
     config = configure(TuneConfig, checkpoint=world / "net.safetensors",
                        **request(world, trials=5, range={}))  # fmt: skip
-    base, space = tuning._planned(config)
+    base, space = tuning.requested(config)
     url = f"sqlite:///{tmp_path / 'shared.db'}"
 
-    def claims(name: str) -> list[int]:
-        study = tuning._opened(optuna, url, "identity", base)
-        worker = tuning._Worker(optuna, study, url, config, base, space, tmp_path / name, Silent())
-        with tuning._alone(url):
-            worker._begin_with(worker._starts())
+    starts = tuning.starts(base, space, ())
+    study.opened(url, "identity", "grad_diff")
+
+    def claims(name: str) -> list[tuple[int, str]]:
+        shared = study.opened(url, "identity", "grad_diff")
+        worker = study.Worker(shared, url, base, space, 5, tmp_path / name, Silent())
+        with study.alone(url):
+            worker.begin(starts)
         found = []
-        while (trial := worker._claim()) is not None:
+        while (trial := worker.claim()) is not None:
             found.append((trial.number, trial.user_attrs.get("origin", "search")))
         return found
 
-    tuning._opened(optuna, url, "identity", base)
     with ThreadPoolExecutor(3) as pool:
         found = [claim for claims_ in pool.map(claims, "abc") for claim in claims_]
     assert len(found) == len({number for number, _ in found}) == 5
@@ -344,19 +255,24 @@ def test_from_the_command_line_to_a_run_with_the_best_recipe(world: Path, tmp_pa
     assert recipe["set"]["batch_size"] == 64
     done = call(
         "run", world / "net.safetensors", "--config", out / "best.yaml", *flags(world),
-        "--audit", "none", "--out", tmp_path / "run", "--json",
+        "--audit", "quick", "--out", tmp_path / "run", "--json",
     )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "report.json").exists(), done.output  # whatever its verdict
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {k: record["hyperparameters"][k] for k in recipe["set"]} == recipe["set"]
+    found = json.loads((out / "trials.json").read_text())
+    judged = found["trials"][found["best"]]["objectives"]["parts"]
+    again = objectives(read(tmp_path / "run" / "report.json").findings).parts
+    assert {"accuracy.forget", "accuracy.holdout"} <= again.keys() <= judged.keys()
+    assert again == pytest.approx({name: judged[name] for name in again})
 
 
 def test_defaults_and_recipes_come_first_where_they_fit(world: Path) -> None:
     def starts(**changes: Any) -> dict[str, Any]:
         asked = {**request(world), **changes}
         config = configure(TuneConfig, checkpoint=world / "net.safetensors", **asked)
-        base, space = tuning._planned(config)
-        return tuning._Worker(optuna, None, "", config, base, space, Path("x"), Silent())._starts()
+        base, space = tuning.requested(config)
+        return tuning.starts(base, space, tuple(config.range))
 
     of_class = starts(method="salun", range={}, set={"batch_size": 16})
     assert list(of_class) == ["defaults", "recipe salun-class-cifar10-resnet"]
@@ -384,11 +300,11 @@ def test_a_trial_that_breaks_the_model_is_dominated_by_all(world: Path, tmp_path
 def test_a_model_that_lost_half_of_what_stays_is_not_audited(world: Path, tmp_path: Path) -> None:
     """The least of the retained answers are right once the two other classes are swapped."""
     config = configure(TuneConfig, checkpoint=world / "net.safetensors", **request(world))
-    base, _ = tuning._planned(config)
-    trying = Trying(examiner(base), base)
+    base, _ = tuning.requested(config)
+    trying = Trying(base)
     model = base.checkpoint.load().model
     run = SimpleNamespace(task=base.checkpoint.task, seed=0, device=torch.device("cpu"))
-    trying.before = tuning._looked(model, base, run)  # type: ignore[arg-type]
+    trying.before = trials.looked(model, base, run)  # type: ignore[arg-type]
     assert trying.before > 0.5
     with torch.no_grad():
         for p in model[2].parameters():
@@ -415,8 +331,8 @@ def test_memcontrol_is_searched_for_memorization_and_quality(world: Path, tmp_pa
         out=tmp_path / "out",
     )  # fmt: skip
     assert done.words == ("memorization", "quality")
-    study = optuna.load_study(study_name=tuning.STUDY, storage=f"sqlite:///{tmp_path}/out/study.db")
-    for trial, r in zip(study.trials, done.rows, strict=True):
+    held = optuna.load_study(study_name=study.STUDY, storage=f"sqlite:///{tmp_path}/out/study.db")
+    for trial, r in zip(held.trials, done.rows, strict=True):
         parts = [n for n in ("other.1", "other.2") if trial.params[f"moves.{n}"]]
         assert r.settings["moves"] == ",".join(parts)
         assert bool(parts) != bool(r.rejected)  # nothing moved, nothing to say
@@ -482,6 +398,7 @@ def test_wrong_requests_are_refused_at_once(
 def test_without_optuna_one_sentence_names_the_extra(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delitem(sys.modules, "unlearn.evaluations.study")
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(Unsupported, match=r"unlearn-toolkit\[tune\]"):
         tune(world / "net.safetensors", **request(world), out=tmp_path / "out")

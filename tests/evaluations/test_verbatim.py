@@ -103,7 +103,34 @@ def test_folders_are_read_whole_and_once(tmp_path):
     for name in ("b.txt", "deep/a.md", "deep/weights.bin"):
         (tmp_path / name).write_text("x")
     assert files([tmp_path, tmp_path / "b.txt"]) == [tmp_path / "b.txt", tmp_path / "deep/a.md"]
-    assert files([tmp_path / "deep/weights.bin"]) == [tmp_path / "deep/weights.bin"]
+    (tmp_path / "B.TXT").write_text("x")
+    assert files([tmp_path / "B.TXT"]) == [tmp_path / "B.TXT"]
+    with pytest.raises(BadInput, match=r"weights\.bin to search ends in none of \.jsonl"):
+        files([tmp_path / "deep/weights.bin"])
+
+
+def test_columns_of_every_kind_of_text_are_read(tmp_path):
+    table = pa.table({
+        "named": pa.array(["a b", "c", "a b"]).dictionary_encode(),
+        "viewed": pa.array(["d", None, "e f"], pa.string_view()),
+        "large": pa.array(["g", "h", "i"], pa.large_string()),
+        "nested": pa.array([[{"said": "j", "n": 1}], [], None]),
+        "n": [1, 2, 3], "numbers": [[1], [2], [3]],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = sorted(" ".join(words) for words in read(tmp_path / "a.parquet"))
+    assert found == ["a b", "a b", "c", "d", "e f", "g", "h", "i", "j"]
+
+
+def test_the_first_records_are_read_up_front(tmp_path):
+    (tmp_path / "a.jsonl").write_text("not JSON\n")
+    with pytest.raises(BadInput, match="line 1 is not JSON"):
+        files([tmp_path])
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"text": "x"}\n')
+    pq.write_table(pa.table({"n": [1], "numbers": [[1]]}), tmp_path / "b.parquet")
+    with pytest.raises(BadInput, match="no column of text"):
+        files([tmp_path])
+    assert files([tmp_path / "a.jsonl"]) == [tmp_path / "a.jsonl"]
 
 
 def test_files_that_cannot_be_read(tmp_path):

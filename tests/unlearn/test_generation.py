@@ -25,6 +25,28 @@ def test_batched_answers_equal_single_ones_and_a_trained_model_knows_them() -> N
     assert together == true_answers(examples) == [r["answer"] for r in records]
 
 
+def test_an_answer_is_as_long_as_asked_for_whatever_stands_beside_it() -> None:
+    records = [
+        {"question": f"{'Who? ' * n}", "answer": WORLD.forget[0]["answer"]} for n in (1, 2, 30, 60)
+    ]
+    subject = demo.tiny_llama([*WORLD.forget, *records], width=8, depth=1)
+    subject.model.config.max_position_embeddings = 512
+    task = CausalLM(subject.processor, subject.model.config.vocab_size, 300)
+    examples = Encoded(load(records, "forget"), task)
+    word = int(examples[0]["answer"][0])
+
+    def ramble(model: object, args: tuple, output: object) -> None:
+        output.logits[:, -1, word] = 1e4
+
+    subject.model.register_forward_hook(ramble)
+    said = greedy_answers(subject.model, examples, Run(task), "ask", longest=230)
+    word_said = subject.processor.decode([word]).strip()
+    room = [min(230, 300 - len(examples[i]["prompt"])) for i in range(4)]
+    assert [text.count(word_said) for text in said] == room
+    assert room[0] == 230  # more than are asked for otherwise
+    assert room[3] < room[2]  # a long prompt leaves less room, and only to its own answer
+
+
 def test_answers_are_the_argmax_step_by_step() -> None:
     records = WORLD.forget
     subject = demo.tiny_llama(records, width=32, depth=2)

@@ -35,7 +35,7 @@ from unlearn.errors import BadInput
 from unlearn.generation import LONGEST, Opening, sampled_answers, true_answers
 from unlearn.interface import Request, Subject
 from unlearn.preference import OtherAnswers, asked, preference, tells
-from unlearn.ranges import Range, RetainWeight
+from unlearn.ranges import Range
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded, evaluating
 from unlearn.training import Term
@@ -164,7 +164,6 @@ class AltPO(OtherAnswers):
         Field(gt=0, description="passes over the forget set with all its alternatives"),
         Range(0.5, 10.0, log=True),
     ] = 2
-    retain_weight: RetainWeight = 1.0
 
     def check(self, request: Request) -> None:
         """Also: every question as it will be asked fits into the model.

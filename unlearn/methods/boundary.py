@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from unlearn.distributed import spread
 from unlearn.errors import Unsupported
 from unlearn.interface import ALL_TARGETS, Needs, Request, Subject
-from unlearn.ranges import Range, RetainWeight
+from unlearn.ranges import Range
 from unlearn.retention import OneSided
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Encoded, Task
@@ -108,7 +108,6 @@ class Boundary(OneSided):
         Field(gt=0, description="with shrink: step that looks for the nearest class, per entry"),
         Range(0.01, 1.0, log=True),
     ] = 0.1
-    retain_weight: RetainWeight = 1.0
 
     @property
     def needs(self) -> Needs:

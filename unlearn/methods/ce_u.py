@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import WITH_LOGITS, Request, Subject
-from unlearn.ranges import Range, RetainWeight
+from unlearn.ranges import Range
 from unlearn.retention import OneSided
 from unlearn.run import Run
 from unlearn.tasks.base import IGNORED, Batch, Predictions
@@ -70,7 +70,6 @@ class CEU(OneSided):
         Field(gt=0, description="peak learning rate; the author uses 2e-6 to 1e-5 at 7B"),
         Range(1e-6, 1e-3, log=True),
     ] = 5e-5
-    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Nothing to prepare."""

@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from unlearn.interface import Request, Subject
-from unlearn.ranges import Range, RetainWeight
+from unlearn.ranges import Range
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.training import Term, ascent
@@ -34,7 +34,6 @@ class GradDiff(TwoSided):
     epochs: Annotated[
         float, Field(gt=0, description="passes over the forget set"), Range(0.1, 20.0, log=True)
     ] = 5
-    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Ascend and descend together."""

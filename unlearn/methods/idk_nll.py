@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from unlearn.interface import Request, Subject
 from unlearn.preference import Ignorance, answered
-from unlearn.ranges import RetainWeight
 from unlearn.run import Run
 from unlearn.training import Term, likelihood
 
@@ -21,8 +20,6 @@ from unlearn.training import Term, likelihood
 @dataclass(frozen=True, kw_only=True)
 class IdkNLL(Ignorance):
     """Train the forgotten questions on I-don't-know answers."""
-
-    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Draw the answers, to train on them."""

@@ -7,8 +7,10 @@ level is this method: fine-tuning with a mask over blocks of the network. Its ou
 the mask and the learning rate, with memorisation and quality as two rewards: that is ``unlearn tune
 --method memcontrol``, which also says what the two are here. The paper's masks choose among the
 places of small adapters of a diffusion model; here a group is a kind of layer (attention, feed
-forward, convolution, norm, embedding, other) in one third of the depth, which every model has:
-``attention.1`` is the first third, ``embedding`` is outside the blocks. Everything else stays
+forward, convolution, norm, embedding, other) in one third of the depth: ``attention.1`` is the
+first third, ``embedding`` is outside the blocks. Both are told by the names of the parameters, as
+transformers, torchvision and diffusers give them; what has no telling name is ``other``, and a
+model without numbered blocks has no thirds. Everything else stays
 bit-identical, batch statistics included. The forget set is never read: what it holds can only fade,
 as with finetune. Cost: as finetune, with gradients of fewer weights.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -33,19 +35,22 @@ ALL = "all"
 KINDS = {  # by the first that is found in a parameter's name
     "norm": r"norm|(^|\.)(ln|bn)(_|\d|\.)",
     "attention": r"attn|attention",
-    "feed_forward": r"mlp|feed_?forward|intermediate|(^|\.)(ff|fc|ffn)(\d|\.|_)|experts",
+    "feed_forward": r"mlp|feed_?forward|intermediate|(^|\.)(ff|fc|ffn)(\d|\.|_)|experts"
+    r"|(^|\.)output\.dense",  # of BERT, where the output of attention is named so as well
     "convolution": r"conv|resnets?\.\d",
     "embedding": r"emb|(^|\.)(wte|wpe|shared)\.",
 }
-MIDDLE = "mid_block"  # of a UNet: a block without a number
-BLOCK = re.compile(rf"^(?:\D*?\.)?(?:\d+|{MIDDLE})(?=\.)")
+SIDES = ("down_blocks", "mid_block", "up_blocks")  # of a UNet, as data goes through them
+BLOCK = re.compile(rf"^(?:[^.]*\.)*?(?:\d+|{SIDES[1]})(?=\.)")
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
     """The parameters of a model by group, a group by its name.
 
-    A block is what stands in front of the first number in a name, with that number, if its stack
-    has others; blocks count in the order of their stacks, and of their numbers within one.
+    A block is what stands in front of the first name that is a number, with that number, if its
+    stack has others (a ResNet's ``layer1.0``); and the middle of a UNet. Stacks count in the order
+    in which they first appear (the sides of a UNet in that of the data), blocks within one in that
+    of their numbers; a third is of all blocks, whatever their size.
 
     >>> groups(["embed.weight", "layers.0.mlp.up.weight", "layers.1.attn.q.weight"])
     {'attention.2': ['layers.1.attn.q.weight'], 'embedding': ['embed.weight'], \
@@ -53,11 +58,12 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
     """
     names = list(names)
     blocks = {name: match[0] for name in names if (match := BLOCK.search(name))}
-    stacks = Counter(block.rpartition(".")[0] for block in set(blocks.values()))
-    blocks = {
-        n: b for n, b in blocks.items() if b.endswith(MIDDLE) or stacks[b.rpartition(".")[0]] > 1
-    }
-    order = sorted(set(blocks.values()), key=_natural)
+    sizes = Counter(_stack(block) for block in set(blocks.values()))
+    blocks = {n: b for n, b in blocks.items() if sizes[_stack(b)] > 1 or b.endswith(SIDES[1])}
+    first: dict[str, int] = {}
+    for block in blocks.values():
+        first.setdefault(_family(block)[0], len(first))
+    order = sorted(set(blocks.values()), key=lambda block: _place(block, first))
     third = {block: i * 3 // len(order) + 1 for i, block in enumerate(order)}
     found: dict[str, list[str]] = {}
     for name in names:
@@ -67,9 +73,21 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
     return dict(sorted(found.items()))
 
 
-def _natural(block: str) -> list[tuple[bool, int, str]]:
-    parts = re.findall(r"\d+|\D+", block)
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+def _stack(block: str) -> str:
+    """What the blocks that follow each other have in common."""
+    return block if block.endswith(SIDES[1]) else block.rpartition(".")[0]
+
+
+def _family(block: str) -> tuple[str, int]:
+    """Its stack, or for a UNet what all its sides have in common; and which side it is."""
+    outer, _, own = _stack(block).rpartition(".")
+    return (outer, SIDES.index(own)) if own in SIDES else (_stack(block), 0)
+
+
+def _place(block: str, first: Mapping[str, int]) -> tuple[int, int, int]:
+    family, side = _family(block)
+    own = block.rpartition(".")[2]
+    return first[family], side, int(own) if own.isdigit() else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +121,14 @@ class MemControl(Training):
             raise BadInput("memcontrol moves the groups named in moves: leave scope out")
         if not self._named():
             raise BadInput("moves names no group of parameters: name one, or all")
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse a group that a model with these parameters does not have.
+
+        Raises:
+            BadInput: which one.
+        """
+        self.chosen(names)
 
     def _named(self) -> list[str]:
         return [part.strip() for part in self.moves.split(",") if part.strip()]

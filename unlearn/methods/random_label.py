@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unlearn.interface import Request, Subject
-from unlearn.ranges import RetainWeight
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.training import Term, likelihood
@@ -22,8 +21,6 @@ from unlearn.training import Term, likelihood
 @dataclass(frozen=True, kw_only=True)
 class RandomLabel(TwoSided):
     """Train the forget set on randomly drawn wrong answers."""
-
-    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Draw the answers, to train on them."""

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field
 
 from unlearn.interface import Request, Subject
-from unlearn.ranges import Choice, Range, RetainWeight
+from unlearn.ranges import Choice, Range
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.tasks.base import Encoding
@@ -58,7 +58,6 @@ class SalUn(TwoSided):
         Field(description="adamw (betas 0.9, 0.999) or sgd with Nesterov momentum 0.9"),
     ] = "sgd"
     weight_decay: Annotated[float, Field(ge=0, description="decoupled (adamw) or L2 (sgd)")] = 5e-4
-    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Draw the labels, to train on them; the loop takes the mask from the true ones."""

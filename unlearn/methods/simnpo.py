@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import Request, Subject
-from unlearn.ranges import Range, RetainWeight
+from unlearn.ranges import Range
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Predictions
@@ -51,7 +51,6 @@ class SimNPO(TwoSided):
     forget_weight: Annotated[
         float, Field(gt=0, description="weight of the forget term"), Range(0.02, 2.0, log=True)
     ] = 0.125
-    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Nothing to prepare."""

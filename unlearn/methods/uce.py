@@ -22,26 +22,17 @@ and one matrix product per layer. No data, no training.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, cast
-
-from pydantic import Field
+from typing import cast
 
 from unlearn.cross_attention import ClosedForm, embeddings, erasure, multiplied
 from unlearn.interface import Request, Subject
 from unlearn.pipeline import Pipeline
-from unlearn.ranges import Range
 from unlearn.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
 class UCE(ClosedForm):
     """Make cross-attention read the concept as its anchor, in closed form."""
-
-    lamb: Annotated[
-        float,
-        Field(gt=0, description="weight of staying close to the old matrices"),
-        Range(0.01, 10.0, log=True),
-    ] = 0.5
 
     def unlearn(self, subject: Subject, request: Request, run: Run) -> Subject:
         """Solve, and multiply."""

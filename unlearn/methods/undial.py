@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import WITH_LOGITS, Request, Subject
-from unlearn.ranges import Range, RetainWeight
+from unlearn.ranges import Range
 from unlearn.reference import ReferenceLogits
 from unlearn.retention import OneSided
 from unlearn.run import Run
@@ -66,7 +66,6 @@ class UnDIAL(OneSided):
         Field(gt=0, description="peak learning rate; the paper uses 1e-4 with adapters"),
         Range(1e-6, 3e-3, log=True),
     ] = 1e-4
-    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Store the starting model's logits."""

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unlearn.interface import WITH_LOGITS, Request, Subject
-from unlearn.ranges import Range, RetainWeight
+from unlearn.ranges import Range
 from unlearn.retention import TwoSided
 from unlearn.run import Run
 from unlearn.tasks.base import Batch, Predictions
@@ -56,7 +56,6 @@ class WGA(TwoSided):
     forget_weight: Annotated[
         float, Field(gt=0, description="weight of the forget term"), Range(0.1, 10.0, log=True)
     ] = 1.0
-    retain_weight: RetainWeight = 1.0
 
     def terms(self, subject: Subject, request: Request, run: Run) -> list[Term]:
         """Nothing to prepare."""

@@ -64,7 +64,7 @@ class CausalLM(Task):
 
     def fault(self, row: Row) -> str | None:
         """Missing fields, non-text values, and answers lost to truncation."""
-        pair = _fields(row)
+        pair = _read(row)
         if pair is None:
             wanted = ", ".join("/".join(names) for names in FIELDS)
             return f"it has the fields {', '.join(row)}; give {wanted} or text"
@@ -83,7 +83,7 @@ class CausalLM(Task):
 
     def content(self, row: Row) -> bytes:
         """The text fields the task reads."""
-        return "\x00".join(row[field] for field in _fields(row) or ()).encode()
+        return "\x00".join(row[field] for field in _read(row) or ()).encode()
 
     def encode(self, row: Row) -> Encoding:
         """Tokens of prompt and answer, cut to ``max_length``."""
@@ -101,7 +101,7 @@ class CausalLM(Task):
 
     def texts(self, row: Row) -> tuple[str, str]:
         """The prompt and the answer as the model sees them, markers included."""
-        pair = _fields(row)
+        pair = _read(row)
         if pair is None or pair == ("text",):
             return "", str(row["text"])
         question, answer = str(row[pair[0]]), str(row[pair[1]])
@@ -123,7 +123,7 @@ class CausalLM(Task):
 
     def _tokens(self, row: Row) -> tuple[list[int], list[int]]:
         prompt_text, answer_text = self.texts(row)
-        templated = self.chat and _fields(row) == FIELDS[0]
+        templated = self.chat and _read(row) == FIELDS[0]
         prompt = self._ids(prompt_text) if prompt_text else []
         answer = self._ids(answer_text)
         bos = self.tokenizer.bos_token_id
@@ -283,7 +283,7 @@ class CausalLM(Task):
         options = row.get("options") or row.get("choices")
         if options:
             pick = options[int(torch.randint(len(options), (1,), generator=draw))]
-            pair = _fields(row) or ("text",)
+            pair = _read(row) or ("text",)
             return self.encode({**row, pair[-1]: str(pick)})
         special = set(self.tokenizer.all_special_ids)
         size = min(self.classes, len(self.tokenizer))
@@ -303,11 +303,13 @@ class CausalLM(Task):
         return layer
 
 
-def _fields(row: Row) -> tuple[str, ...] | None:
-    for names in (*FIELDS, ("text",)):
-        if all(name in row for name in names):
-            return names
-    return None
+def fields(row: Row) -> tuple[str, str] | None:
+    """The names of the fields with question and answer; None of a plain text."""
+    return next((pair for pair in FIELDS if all(name in row for name in pair)), None)
+
+
+def _read(row: Row) -> tuple[str, ...] | None:
+    return fields(row) or (("text",) if "text" in row else None)
 
 
 def _forward(model: nn.Module, batch: Batch, **extra: Any) -> Any:
