@@ -95,7 +95,7 @@ def score(
     depth = case.config.audit  # type: ignore[attr-defined]
     ran, missing = [], []
     for attack in attacks(case.checkpoint.task.name, depth):
-        if shadowed is None and {"shadows", "unlearned shadows"} & set(attack.needs):
+        if not case.config.shadows and {"shadows", "unlearned shadows"} & set(attack.needs):
             continue  # nobody asked for shadow models; the report's limits say so
         try:
             ran.append(_run(attack, measured, case, shadowed))

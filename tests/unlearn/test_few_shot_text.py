@@ -18,7 +18,7 @@ from unlearn.interface import Concepts, Records, Request, Subject
 from unlearn.methods.few_shot_text import FewShotText, ascent, scope_of
 from unlearn.pipeline import Pipeline
 from unlearn.run import Run
-from unlearn.tasks.base import Encoded
+from unlearn.tasks.base import Encoded, evaluating
 from unlearn.tasks.diffusion import task_of
 
 DISCS = [r for r in shapes.records(16) if str(r["text"]).endswith("disc")]
@@ -65,7 +65,7 @@ def test_names_are_matched_by_their_ends() -> None:
 def loss_of(model: Pipeline, rows: list[dict[str, object]]) -> float:
     task = task_of(model)
     examples = Encoded(load(rows, "forget"), task)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):  # in train mode its noise is drawn anew
         return float(task.nll(model, examples.batch(range(len(examples)))).mean())
 
 
