@@ -140,6 +140,7 @@ class Search:
             that would help.
         tasks: model families it works on.
         depth: the lightest audit that runs it.
+        needs: what must be given besides the forget set and a retrained model, for people.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Search:
     score: Callable[[nn.Module, Ground, Run], Array]
     tasks: tuple[str, ...] = ("causal_lm",)
     depth: Depth = "deep"
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,11 @@ class Prompting:
         title: for people.
         source: where it was published.
         elicit: (model, ground, run) -> what it said; raises as ``Search.score`` does.
+        needs: as of a search.
     """
 
     name: str
     title: str
     source: str
     elicit: Callable[[nn.Module, Ground, Run], Elicited]
+    needs: tuple[str, ...] = ()

@@ -272,4 +272,5 @@ ATTACK = Prompting(
     "The same questions in other languages",
     "Lynch et al. 2024, arXiv 2402.16835",
     elicit,
+    needs=("--translations or --translator",),
 )

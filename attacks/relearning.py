@@ -282,5 +282,6 @@ SEARCHES = (
         source="Hu et al. 2024, arXiv 2406.13356",
         score=unrelated,
         tasks=("causal_lm", "classification"),
+        needs=("retain",),
     ),
 )

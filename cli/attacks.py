@@ -7,14 +7,6 @@ from typing import Any
 
 import click
 
-NEEDS = {
-    "adversarial_compression": ("--acr",),
-    "languages": ("--translations or --translator",),
-    "relearning_unrelated": ("retain",),
-    "latent_knowledge": ("retain",),
-    "latent_knowledge_unsupervised": ("retain",),
-}
-
 
 @click.command("attacks")
 @click.option("--json", "as_json", is_flag=True, help="print JSON on stdout")
@@ -24,9 +16,9 @@ def command(as_json: bool) -> None:
     from unlearn.attacks.membership import attacks
     from unlearn.evaluations.robustness import SEARCHES, compressed
 
-    found: list[tuple[str, Attack | Search, tuple[str, ...]]] = [
-        *(("membership", attack, attack.needs) for attack in attacks()),
-        *(("search", s, NEEDS.get(s.name, ())) for s in (*SEARCHES, compressed(1))),
+    found: list[tuple[str, Attack | Search]] = [
+        *(("membership", attack) for attack in attacks()),
+        *(("search", search) for search in (*SEARCHES, compressed(1))),
     ]
     described: list[dict[str, Any]] = [
         {
@@ -36,9 +28,9 @@ def command(as_json: bool) -> None:
             "source": attack.source,
             "audit": attack.depth,
             "tasks": attack.tasks,
-            "needs": needs,
+            "needs": attack.needs,
         }
-        for kind, attack, needs in found
+        for kind, attack in found
     ]
     if as_json:
         click.echo(json.dumps(described, indent=2))

@@ -18,12 +18,13 @@ from torch import nn
 from unlearn.attacks import activation_difference, weight_difference
 from unlearn.attacks.weight_difference import Change
 from unlearn.case import Case
-from unlearn.errors import BadInput, sentence
+from unlearn.errors import BadInput
 from unlearn.evaluations.criteria import Check
 from unlearn.evaluations.exposure import value
 from unlearn.evaluations.measure import Measured, Measurements, Taking, nonmembers
 from unlearn.evaluations.schema import Checkpoint, Value
 from unlearn.interface import WITH_LOGITS, Classes
+from unlearn.tasks.base import Encoded
 
 Array = npt.NDArray[np.float64]
 
@@ -42,24 +43,26 @@ def look(found: Measured, taking: Taking, case: Case) -> None:
     deep = case.config.audit == "deep"  # type: ignore[attr-defined]
     if not deep or task.name not in WITH_LOGITS or not others(case):
         return
-    for name in ("forget", others(case)):
-        part = case.sets.named()[name].sample(COMPARED, case.config.seed).as_read(task)  # type: ignore[index]
-
-        def states() -> dict[str, torch.Tensor]:
-            read = activation_difference.states(taking.model, part, taking.run)  # noqa: B023
-            return {layer: torch.from_numpy(values) for layer, values in read.items()}
-
-        try:  # hidden states say much about a record: they stay in the place of unfinished work
-            kept = taking.run.once(f"states-{taking.role}-{name}", states)
-        except BadInput as error:
-            found.missing["hidden_states"] = sentence(error)
-            return
-        found.curves[f"states/{name}"] = {k: v.double().numpy() for k, v in kept.items()}
-    if taking.role != "original":
-        try:
+    try:
+        for name in ("forget", others(case)):
+            part = case.sets.named()[name].sample(COMPARED, case.config.seed)  # type: ignore[index]
+            found.curves[f"states/{name}"] = _states_of(taking, part.as_read(task), name)
+        if taking.role != "original":
             found.curves["weights"] = taking.arrays("weights", lambda: _changed(taking.model, case))
-        except BadInput as error:
-            found.missing["weights"] = sentence(error)
+    except BadInput as error:
+        why = f"The {taking.role} model could not be compared with the original"
+        taking.run.note(f"{why}: {error}.")
+
+
+def _states_of(taking: Taking, part: Encoded, name: str) -> dict[str, Array]:
+    """Hidden states, by layer; they say much about a record and stay with unfinished work."""
+
+    def read() -> dict[str, torch.Tensor]:
+        states = activation_difference.states(taking.model, part, taking.run)
+        return {layer: torch.from_numpy(values) for layer, values in states.items()}
+
+    kept = taking.run.once(f"states-{taking.role}-{name}", read)
+    return {layer: states.double().numpy() for layer, states in kept.items()}
 
 
 def _changed(model: nn.Module, case: Case) -> dict[str, Any]:

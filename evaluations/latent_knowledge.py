@@ -266,6 +266,7 @@ SEARCH = Search(
     "share of wrong answers",
     SOURCE,
     _score(supervised),
+    needs=("retain",),
 )
 UNSUPERVISED = Search(
     "latent_knowledge_unsupervised",
@@ -273,4 +274,5 @@ UNSUPERVISED = Search(
     "share of wrong answers",
     f"{SOURCE}; Burns et al. 2022, arXiv 2212.03827",
     _score(unsupervised),
+    needs=("retain",),
 )

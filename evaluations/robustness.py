@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from unlearn.attacks import (
@@ -65,7 +64,9 @@ def recalled(attack: Prompting) -> Search:
             best[record] = max(recall, best.get(record, 0.0))
         return np.array([best[record] for record in sorted(best)])
 
-    return Search(attack.name, attack.title, "share of words", attack.source, score)
+    return Search(
+        attack.name, attack.title, "share of words", attack.source, score, needs=attack.needs
+    )
 
 
 ASKED_OTHERWISE = (
@@ -89,7 +90,7 @@ def compressed(targets: int, name: str = "compression") -> Search:
 
     return Search(
         "adversarial_compression", "Answers that a shorter adversarial prompt brings out",
-        "share of records", "Schwarzschild et al. 2024, arXiv 2404.15146", score,
+        "share of records", "Schwarzschild et al. 2024, arXiv 2404.15146", score, needs=("--acr",),
     )  # fmt: skip
 
 
@@ -130,9 +131,7 @@ def material(case: Case) -> Material:
     config, task = case.config, case.checkpoint.task
     if config.translations is not None and config.translator is not None:
         raise BadInput("pass --translations or --translator, not both")
-    size = min(LOOKED_FOR.get(task.name, 0), len(case.sets.forget))
-    draw = torch.Generator().manual_seed(config.seed)
-    rows = sorted(torch.randperm(len(case.sets.forget), generator=draw)[:size].tolist())
+    rows = case.sets.forget.drawn(LOOKED_FOR.get(task.name, 0), config.seed)
     templates = jailbreak.read_templates()
     if config.jailbreaks is not None:
         theirs = jailbreak.read_templates(config.jailbreaks)

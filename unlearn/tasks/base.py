@@ -301,11 +301,12 @@ class Encoded(Sequence[Encoding]):
 
     def sample(self, size: int, seed: int) -> Encoded:
         """At most ``size`` examples, drawn without replacement, in their original order."""
-        if size >= len(self):
-            return self
+        return self if size >= len(self) else self.select(self.drawn(size, seed))
+
+    def drawn(self, size: int, seed: int) -> list[int]:
+        """The positions of :meth:`sample`, ascending."""
         draw = torch.Generator().manual_seed(seed)
-        chosen = sorted(torch.randperm(len(self), generator=draw)[:size].tolist())
-        return self.select(chosen)
+        return sorted(torch.randperm(len(self), generator=draw)[:size].tolist())
 
     def select(self, indices: Sequence[int], name: str | None = None) -> Encoded:
         """The examples at ``indices``, already encoded ones kept."""
