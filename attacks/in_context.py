@@ -129,4 +129,5 @@ ATTACK = Prompting(
     "In-context relearning from other forget records",
     "Lynch et al. 2024, arXiv 2402.16835",
     elicit,
+    records=200,  # half of them are shown
 )

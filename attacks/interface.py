@@ -141,6 +141,7 @@ class Search:
         tasks: model families it works on.
         depth: the lightest audit that runs it.
         needs: what must be given besides the forget set and a retrained model, for people.
+        records: at most so many forget records are looked at; None: as is usual in their family.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Search:
     tasks: tuple[str, ...] = ("causal_lm",)
     depth: Depth = "deep"
     needs: tuple[str, ...] = ()
+    records: int | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class Prompting:
         source: where it was published.
         elicit: (model, ground, run) -> what it said; raises as ``Search.score`` does.
         needs: as of a search.
+        records: as of a search.
     """
 
     name: str
@@ -185,3 +188,4 @@ class Prompting:
     source: str
     elicit: Callable[[nn.Module, Ground, Run], Elicited]
     needs: tuple[str, ...] = ()
+    records: int | None = None

@@ -6,7 +6,8 @@ shadow models beside the model trained without forget10. One line per search: wh
 original, the retrained and either model, and the verdict the criteria give. There is no translation
 of TOFU, and the model knows no other language: ``glossary.py`` puts questions into Spanish word by
 word, or their prepositions alone. Neighbouring topics are other fictitious authors. Searches look
-at 60 records, as time on a CPU allows; some test half of what they are given.
+at 60 records, as time on a CPU allows, where a deep audit takes 100, and at as many as it does
+where that is more; some test half of what they are given.
 
 A search discriminates if the intervals of original and retrained model do not touch. Killed, the
 same command goes on (with UNLEARN_BENCH_CACHE).
@@ -40,7 +41,9 @@ from unlearn.run import Role, Run
 
 RECIPES = Path(__file__).parents[1] / "unlearn/recipes"
 MADE = {"npo": "npo", "refusing": "idk_nll"}
-RECORDS = 60  # random records of forget10 that are looked for, and whose return is measured
+RECORDS = (
+    60  # random records of forget10 where 100 are usual, and of those whose return is measured
+)
 COLUMNS = ["search", "n", "original", "retrained", "discriminates", "npo", "refusing",
            "npo verdict", "refusing verdict"]  # fmt: skip
 

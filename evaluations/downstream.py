@@ -220,4 +220,5 @@ SEARCH = Search(
     "share of wrong answers",
     "Lynch et al. 2024, arXiv 2402.16835",
     score,
+    records=ASKED,
 )

@@ -408,11 +408,13 @@ def _limits(case: Case, criteria: Criteria) -> tuple[str, ...]:
             f"Attacks with shadow models saw {shadowing.TARGETS} random records of the "
             f"{' and '.join(names).replace('_', ' ')} set, and say nothing about the others."
         )
-    sizes = robustness.LOOKED_FOR.get(case.checkpoint.task.name, 0)
-    if depth != "quick" and len(case.sets.forget) > sizes:
+    usual = robustness.LOOKED_FOR.get(case.checkpoint.task.name, 0)
+    sizes = {s.records or usual for s in robustness.searches(case)}
+    if sizes and len(case.sets.forget) > min(sizes):
+        most = " or ".join(f"{size:,}" for size in sorted(sizes))
         found.append(
-            f"Rounding, other ways of asking and the like were tried on {sizes:,} random records "
-            "of the forget set."
+            f"Rounding, other ways of asking and the like were tried on at most {most} random "
+            "records of the forget set."
         )
     if case.sets.holdout is None:
         found.append("No holdout was given: membership was not tested against unseen records.")

@@ -267,6 +267,7 @@ SEARCH = Search(
     SOURCE,
     _score(supervised),
     needs=("retain",),
+    records=ASKED,
 )
 UNSUPERVISED = Search(
     "latent_knowledge_unsupervised",
@@ -275,4 +276,5 @@ UNSUPERVISED = Search(
     f"{SOURCE}; Burns et al. 2022, arXiv 2212.03827",
     _score(unsupervised),
     needs=("retain",),
+    records=ASKED,
 )

@@ -47,7 +47,7 @@ from unlearn.tasks.causal_lm import CausalLM
 
 Array = npt.NDArray[np.float64]
 
-LOOKED_FOR = {"causal_lm": 100, "classification": 1000}  # forget records at most
+LOOKED_FOR = {"causal_lm": 100, "classification": 1000}  # forget records at most, as is usual
 
 
 def recalled(attack: Prompting) -> Search:
@@ -65,8 +65,9 @@ def recalled(attack: Prompting) -> Search:
         return np.array([best[record] for record in sorted(best)])
 
     return Search(
-        attack.name, attack.title, "share of words", attack.source, score, needs=attack.needs
-    )
+        attack.name, attack.title, "share of words", attack.source, score,
+        needs=attack.needs, records=attack.records,
+    )  # fmt: skip
 
 
 ASKED_OTHERWISE = (
@@ -99,7 +100,7 @@ class Material:
     """What is looked for in every model: read, drawn and translated once.
 
     Attributes:
-        rows: positions of the records under search in the forget set.
+        rows: positions in the forget set of the records under search, as many as is usual.
         translations: of those records, by language.
         translated: by language, which of them each translation is of.
         templates: jailbreak prompts.
@@ -110,12 +111,16 @@ class Material:
     translated: Mapping[str, list[int]]
     templates: tuple[str, ...]
 
-    def ground(self, case: Case, task: Task) -> Ground:
-        """The same for a model with this task."""
-        sets = case.sets
+    def ground(self, case: Case, task: Task, records: int | None = None) -> Ground:
+        """The same for a model with this task; of another number of records, untranslated."""
+        sets, seed = case.sets, case.config.seed
+        retain = sets.retain and sets.retain.sample(SAMPLED["deep"], seed).as_read(task)
+        if records is not None:
+            sample = sets.forget.sample(records, seed).as_read(task)
+            return Ground(sample, retain, templates=self.templates)
         return Ground(
             sets.forget.select(self.rows).as_read(task),
-            sets.retain and sets.retain.sample(SAMPLED["deep"], case.config.seed).as_read(task),
+            retain,
             {language: part.as_read(task) for language, part in self.translations.items()},
             self.translated,
             self.templates,
@@ -170,11 +175,12 @@ def searches(case: Case, role: str = "") -> list[Search]:
 def look(found: Measured, taking: Taking, case: Case, brought: Material) -> None:
     """Every search on one model; what an interrupted audit found is read back."""
     task = case.tasks()[taking.role]
-    ground = brought.ground(case, task)
     if taking.role == "original":
         _note(taking.run, case, brought)
-    for search in searches(case, taking.role):
-        _search(found, taking, search, ground, "forget")
+    wanted = searches(case, taking.role)
+    grounds = {n: brought.ground(case, task, n) for n in {s.records for s in wanted}}
+    for search in wanted:
+        _search(found, taking, search, grounds[search.records], "forget")
     neighbours = case.sets.neighbours
     if neighbours is not None and task.name == "causal_lm":
         _search(found, taking, side_effects.SEARCH, Ground(neighbours.as_read(task)), "neighbours")

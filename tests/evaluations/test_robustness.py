@@ -96,6 +96,18 @@ def test_translations_follow_the_records_that_were_drawn(monkeypatch: pytest.Mon
             assert part.examples[i]["answer"] == ground.forget.examples[place]["answer"]
 
 
+def test_a_search_that_only_reads_gets_more_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(robustness.LOOKED_FOR, "causal_lm", 2)
+    case = deep()
+    seen = dict[str, int]()
+    for search in SEARCHES:
+        ground = material(case).ground(case, case.checkpoint.task, search.records)
+        seen[search.name] = len(ground.forget)
+    everything = {"in_context", "downstream", "latent_knowledge", "latent_knowledge_unsupervised"}
+    assert {name for name, n in seen.items() if n == len(FORGET)} == everything
+    assert {n for name, n in seen.items() if name not in everything} == {2}
+
+
 def test_a_translator_is_a_function_a_checkpoint_or_one_for_each_language() -> None:
     one = material(deep(translator=upper))
     assert one.translated == {"another language": list(range(len(FORGET)))}
