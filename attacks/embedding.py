@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ from torch import Tensor, nn
 from unlearn.attacks.interface import Array, Ground, Search
 from unlearn.attacks.relearning import split
 from unlearn.attacks.signals import collect, hit_rates
-from unlearn.attacks.weights import put_back
-from unlearn.errors import BadInput, Collapsed
+from unlearn.attacks.weights import strongest
+from unlearn.errors import BadInput
 from unlearn.interface import Subject
 from unlearn.run import Run, Silent
 from unlearn.tasks.base import Encoded, Encoding
@@ -63,17 +64,13 @@ def soft_tokens(model: nn.Module, shown: Encoded, held: Encoded, run: Run) -> Ar
     place = _place(shown, held)
     shown, held = (_spaced(part, place) for part in (shown, held))
     start = _start(model, run)
-    found, failure = [], None
-    for rate in RATES:
-        try:
-            with put_back(model), _softened(model, start, place):
-                _train(model, shown, run, rate * float(start.float().square().mean().sqrt()))
-                found.append(hit_rates(collect(model, held, run, b"", "soft tokens")))
-        except Collapsed as error:
-            failure = error
-    if not found:
-        raise Collapsed(f"soft tokens failed at every learning rate: {failure}") from failure
-    return max(found, key=np.mean)
+
+    def trained(rate: float) -> Array:
+        with _softened(model, start, place):
+            _train(model, shown, run, rate * float(start.float().square().mean().sqrt()))
+            return hit_rates(collect(model, held, run, b"", "soft tokens"))
+
+    return strongest(model, [partial(trained, rate) for rate in RATES], np.mean, "soft tokens")
 
 
 def _train(model: nn.Module, shown: Encoded, run: Run, lr: float) -> None:

@@ -11,13 +11,15 @@ A search tries several shares, and the one with the most hits counts, in every m
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from torch import Tensor, nn
 
 from unlearn.attacks.interface import Array, Ground, Inapplicable, Search
 from unlearn.attacks.quantization import matrices
 from unlearn.attacks.signals import collect, hit_rates
-from unlearn.attacks.weights import put_back
+from unlearn.attacks.weights import strongest
 from unlearn.errors import BadInput
 from unlearn.run import Run
 from unlearn.tasks.base import Task
@@ -62,14 +64,14 @@ def after_pruning(model: nn.Module, ground: Ground, run: Run) -> Array:
     Raises:
         Inapplicable: no layer to prune.
     """
-    found = []
-    for share in SHARES:
-        with put_back(model):
-            if not prune(model, run.task, share):
-                name = type(model).__name__
-                raise Inapplicable(f"{name} has no layer to prune but its output layer")
-            found.append(hit_rates(collect(model, ground.forget, run, b"", f"prune {share:.0%}")))
-    return max(found, key=np.mean)
+
+    def left(share: float) -> Array:
+        if not prune(model, run.task, share):
+            name = type(model).__name__
+            raise Inapplicable(f"{name} has no layer to prune but its output layer")
+        return hit_rates(collect(model, ground.forget, run, b"", f"prune {share:.0%}"))
+
+    return strongest(model, [partial(left, share) for share in SHARES], np.mean, "pruning")
 
 
 SEARCHES = (

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ from torch import nn
 
 from unlearn.attacks.interface import Ground, Search
 from unlearn.attacks.signals import collect, hit_rates
-from unlearn.attacks.weights import put_back
-from unlearn.errors import BadInput, Collapsed
+from unlearn.attacks.weights import strongest
+from unlearn.errors import BadInput
 from unlearn.interface import Subject
 from unlearn.run import Run, Silent
 from unlearn.tasks.base import Encoded
@@ -128,18 +128,14 @@ def relearn(
         raise BadInput(f"steps must ascend from 0 or later to at least 1, got {list(steps)}")
     usual = SGD if run.task.name == "classification" else ADAMW
     gone = _gone(model, shown, retain)
-    curves, failure = [], None
-    for way, renewed in product([settings] if settings else usual, [False, True][: 1 + bool(gone)]):
-        try:
-            with put_back(model):
-                curves.append(
-                    _curve(model, shown, held, retain, run, way, steps, gone if renewed else [])
-                )
-        except Collapsed as error:
-            failure = error
-    if not curves:
-        raise Collapsed(f"relearning failed at every learning rate: {failure}") from failure
-    return max(curves, key=lambda curve: float(recovered(curve.hits, curve.steps).mean()))
+    ways = [
+        partial(_curve, model, shown, held, retain, run, way, steps, renewed)
+        for way in ([settings] if settings else usual)
+        for renewed in ([[], gone] if gone else [[]])
+    ]
+    return strongest(
+        model, ways, lambda curve: recovered(curve.hits, curve.steps).mean(), "relearning"
+    )
 
 
 def unrelated(model: nn.Module, ground: Ground, run: Run) -> Array:

@@ -1,12 +1,46 @@
-"""What attacks do to a model's weights is undone when they are through."""
+"""What attacks do to weights is undone when they are through; of several, the strongest counts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+from unlearn.errors import Collapsed
+
+Found = TypeVar("Found")
+
+
+def strongest(
+    model: nn.Module,
+    ways: Iterable[Callable[[], Found]],
+    worth: Callable[[Found], float],
+    what: str,
+) -> Found:
+    """What the best of several ways finds, each from the same weights, which are put back.
+
+    Args:
+        model: what the ways work on.
+        ways: at least one; may raise ``Collapsed``, after which the others are tried.
+        worth: what is found, as a number; of equals the first counts.
+        what: the attack, for people.
+
+    Raises:
+        Collapsed: none came to an end.
+    """
+    found, failure = [], None
+    for way in ways:
+        try:
+            with put_back(model):
+                found.append(way())
+        except Collapsed as error:
+            failure = error
+    if not found:
+        raise Collapsed(f"{what} failed in every way that was tried: {failure}") from failure
+    return max(found, key=worth)
 
 
 @contextmanager

@@ -435,11 +435,8 @@ def badness(finding: Finding) -> tuple[float, Bounds] | None:
         return value.value, Bounds(low, high)
     if finding.better == "higher":
         return -value.value, Bounds(-high, -low)
-    if finding.retrained is not None:
-        target = finding.retrained.value
-    elif finding.name.startswith("membership_"):
-        target = 0.5
-    else:
+    target = objectives.exact(finding)
+    if target is None:
         return None
     if value.value >= target:
         return value.value - target, Bounds(low - target, high - target)

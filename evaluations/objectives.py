@@ -196,14 +196,19 @@ def shares(findings: Sequence[Finding]) -> dict[Key, float]:
     return _first(kept, share, (_required, _ruled, lambda _: True))
 
 
+def exact(finding: Finding) -> float | None:
+    """Its value for a model that never saw the forgotten: the retrained one, or a coin's AUC."""
+    if finding.retrained is not None:
+        return finding.retrained.value
+    return 0.5 if finding.name.startswith("membership_") else None
+
+
 def _reference(finding: Finding, findings: Sequence[Finding]) -> float | None:
     """Where a model that never saw the forgotten would stand; None: nothing says."""
     if finding.name == QUALITY:
         return min((v.value for v in (finding.original, finding.retrained) if v), default=None)
-    if finding.retrained is not None:
-        return finding.retrained.value
-    if finding.name.startswith("membership_"):
-        return 0.5
+    if (value := exact(finding)) is not None:
+        return value
     if "the holdout" in finding.criterion:
         unseen = [f for f in findings if (f.name, f.subset) == (finding.name, "holdout")]
         if unseen and unseen[0].original is not None:

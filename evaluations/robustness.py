@@ -37,7 +37,7 @@ from unlearn.case import Case
 from unlearn.errors import BadInput, Collapsed, Unsupported, sentence
 from unlearn.evaluations import downstream, latent_knowledge, side_effects
 from unlearn.evaluations.criteria import Check, Criteria, Outcome
-from unlearn.evaluations.findings import beside, shown
+from unlearn.evaluations.findings import beside, kept, shown
 from unlearn.evaluations.measure import SAMPLED, Measured, Measurements, Taking
 from unlearn.evaluations.memorization import rouge_l
 from unlearn.evaluations.schema import CHECKPOINTS, Checkpoint
@@ -281,5 +281,5 @@ def _lost(measured: Measurements, criteria: Criteria) -> Check:
     if not before.any():
         why = "There was nothing to lose: it is 0 on the original, too."
         return Check(name, "neighbours", state=("info", why), fields=fields)
-    effect = side_effects.kept(before, after, rule.margin)
+    effect = kept(after, before, rule.margin)
     return Check(name, "neighbours", effect, fields=fields | {"criterion": effect.criterion})

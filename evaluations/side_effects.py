@@ -6,7 +6,7 @@ is the mean of two numbers: ROUGE-L recall of the greedy answer, which shows ref
 and the probability of the true answer per token, which shows damage before greedy answers change.
 
 Unlike what is looked for in the forget set, this is to be held against the original model, record
-by record (:func:`kept`).
+by record.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from torch import nn
 
 from unlearn.attacks.interface import Ground, Inapplicable, Search
 from unlearn.attacks.signals import collect
-from unlearn.errors import BadInput
-from unlearn.evaluations import findings
-from unlearn.evaluations.criteria import Effect
 from unlearn.evaluations.measure import ASKED
 from unlearn.evaluations.memorization import rouge_l
 from unlearn.generation import greedy_answers, true_answers
@@ -57,30 +54,6 @@ def score(model: nn.Module, ground: Ground, run: Run) -> Array:
     recall = np.array([rouge_l(truth, answer).recall for truth, answer in pairs])
     likely = np.nan_to_num(np.exp(-np.maximum(loss, 0.0)), nan=0.0)
     return np.asarray((recall + likely) / 2)
-
-
-def kept(before: Array, after: Array, margin: float) -> Effect:
-    """Whether at most a share of ``margin`` of what the original answered is lost.
-
-    Args:
-        before: :func:`score` of the original model, shape (n,).
-        after: of the unlearned model, on the same records.
-        margin: of the rule.
-
-    Returns:
-        The mean of after - (1 - margin) before, which must not be below 0.
-
-    Raises:
-        BadInput: different numbers of records, or an original that answers nothing.
-    """
-    if before.shape != after.shape or before.ndim != 1:
-        raise BadInput(
-            "side effects are found record by record: give one value of either model for each, "
-            f"got shapes {before.shape} and {after.shape}"
-        )
-    if not before.any():
-        raise BadInput("the original answers nothing on neighbouring topics: give other records")
-    return findings.kept(after, before, margin)
 
 
 SEARCH = Search(

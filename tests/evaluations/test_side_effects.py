@@ -14,9 +14,9 @@ from unlearn import demo
 from unlearn.attacks.interface import Ground, Inapplicable
 from unlearn.attacks.signals import collect
 from unlearn.data import load
-from unlearn.errors import BadInput
 from unlearn.evaluations import side_effects
-from unlearn.evaluations.side_effects import SEARCH, kept
+from unlearn.evaluations.findings import kept
+from unlearn.evaluations.side_effects import SEARCH
 from unlearn.run import Run
 from unlearn.tasks.base import Encoded
 from unlearn.tasks.causal_lm import CausalLM
@@ -51,25 +51,21 @@ def test_a_model_that_was_taught_more_keeps_more(world, lm_world: demo.World) ->
     assert ((before >= 0) & (before < 0.3)).all()
     assert after.mean() > 0.7
     assert kept(after, after, 0.1).within(0.05)
-    assert kept(after, before, 0.1).beyond(0.05)
+    assert kept(before, after, 0.1).beyond(0.05)
 
 
 @given(st.lists(st.floats(0.1, 1), min_size=2, max_size=20), st.floats(0, 1))
 def test_a_share_of_what_the_original_answered_may_be_lost(values, share) -> None:
     before = np.array(values)
-    effect = kept(before, share * before, 0.25)
+    effect = kept(share * before, before, 0.25)
     low, high = effect.interval(0.9)
     middle = float((share - 0.75) * before.mean())
     assert low - 1e-9 <= middle <= high + 1e-9
     assert (effect.low, effect.high) == (0.0, np.inf)
 
 
-def test_what_cannot_be_compared_is_refused(world) -> None:
+def test_texts_without_a_question_are_refused(world) -> None:
     model, near, run = world
-    with pytest.raises(BadInput, match="record by record"):
-        kept(np.ones(3), np.ones(2), 0.1)
-    with pytest.raises(BadInput, match="answers nothing"):
-        kept(np.zeros(3), np.ones(3), 0.1)
     texts = Encoded(load([{"text": "Only a text."}], "neighbours"), near.task)
     with pytest.raises(Inapplicable, match="without a question"):
         SEARCH.score(model, Ground(texts), run)
