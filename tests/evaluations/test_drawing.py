@@ -28,8 +28,10 @@ from unlearn.config import AuditConfig, configure
 from unlearn.data import Examples, load
 from unlearn.errors import BadInput
 from unlearn.evaluations import audit, drawing, judging, pictures
+from unlearn.evaluations import criteria as rules
 from unlearn.evaluations.report import read
 from unlearn.evaluations.schema import Finding, Report
+from unlearn.evaluations.seen import Seen
 from unlearn.interface import Concepts
 from unlearn.pipeline import Pipeline
 from unlearn.pipeline import read as read_pipeline
@@ -255,9 +257,9 @@ def case_of(pipeline: Path, judge: nn.Module | None, **settings: Any) -> Case:
     return of_audit(configure(AuditConfig, **given | {"classifier": judge} | settings))[0]
 
 
-def seen(case: Case, asked: list[pictures.Condition], **drawn: list[Tensor]) -> drawing.Seen:
+def seen(case: Case, asked: list[pictures.Condition], **drawn: list[Tensor]) -> Seen:
     made = {role: pictures.Drawn(p, [], [], 1, {}) for role, p in drawn.items()}
-    return drawing.Seen(asked, made, None, "nobody", case, torch.device("cpu"))
+    return Seen(asked, made, None, "nobody", case, torch.device("cpu"))
 
 
 def test_copies_of_forgotten_records_are_found(digits_pipeline: Path) -> None:
@@ -267,17 +269,17 @@ def test_copies_of_forgotten_records_are_found(digits_pipeline: Path) -> None:
     asked = [pictures.Condition(1, "class 1", "forget", 40)]
     forgotten, retained = torch.stack(raw[:10] * 4), torch.stack(raw[10:50])
     made = seen(case, asked, original=[forgotten], unlearned=[retained])
-    criteria = drawing.rules.read()
+    criteria = rules.read()
     raw_rate, adaptive, nearest = made._copies(criteria)
     assert raw_rate.fields["original"].value == 1.0
     assert raw_rate.fields["unlearned"].value == 0.0  # copies, but of what may stay
     assert adaptive.fields["original"].value == 1.0
     assert nearest.fields["original"].value == pytest.approx(0.0, abs=0.002)
     assert nearest.fields["unlearned"].value > 0.1
-    (decided,) = drawing.rules.decide([raw_rate], criteria)
+    (decided,) = rules.decide([raw_rate], criteria)
     assert (decided.verdict, decided.powered) == ("pass", True)
     leaky = seen(case, asked, original=[forgotten], unlearned=[forgotten])
-    assert drawing.rules.decide(leaky._copies(criteria)[:1], criteria)[0].verdict == "fail"
+    assert rules.decide(leaky._copies(criteria)[:1], criteria)[0].verdict == "fail"
 
 
 def test_quality_is_told_without_a_judge_too(digits_pipeline: Path) -> None:
@@ -289,11 +291,9 @@ def test_quality_is_told_without_a_judge_too(digits_pipeline: Path) -> None:
     verdicts = {}
     for name, drawn in (("digits", raw[160:]), ("noise", noise.to(torch.uint8))):
         made = seen(case, asked, original=[raw[:80], raw[80:160]], unlearned=[drawn, drawn])
-        (check,) = made._quality(drawing.rules.read())
-        verdicts[name] = drawing.rules.decide([check], drawing.rules.read())[0].verdict
-        assert [c.state[0] for c in made._unlearning_accuracy(drawing.rules.read(), None)] == [
-            "not_run"
-        ]
+        (check,) = made._quality(rules.read())
+        verdicts[name] = rules.decide([check], rules.read())[0].verdict
+        assert [c.state[0] for c in made._unlearning_accuracy(rules.read(), None)] == ["not_run"]
     assert verdicts == {"digits": "pass", "noise": "fail"}
 
 
@@ -374,11 +374,11 @@ def test_a_judge_that_cannot_tell_decides_nothing(digits_pipeline: Path) -> None
     task = judging.Classification(10)
     blind = judging.Judge(nn.Identity(), task, "a blind one", (), (True, False, False))
     drawn = pictures.Drawn([], [np.eye(10)[[3, 3, 1, 2]]], [], 1, {})
-    made = drawing.Seen(
+    made = Seen(
         asked, {"original": drawn, "unlearned": drawn}, blind, "", case, torch.device("cpu")
     )
-    (accuracy,), doubt = made._judge_accuracy(drawing.rules.read())
-    (check,) = made._unlearning_accuracy(drawing.rules.read(), doubt)
+    (accuracy,), doubt = made._judge_accuracy(rules.read())
+    (check,) = made._unlearning_accuracy(rules.read(), doubt)
     assert accuracy.state[0] == check.state[0] == "invalid"
     assert check.fields["unlearned"].value == 0.5
 
