@@ -29,6 +29,7 @@ from unlearn.attacks.prompting import Try, asked, elicited
 from unlearn.errors import BadInput
 from unlearn.generation import true_answers
 from unlearn.run import Run
+from unlearn.scripts import unspaced
 from unlearn.tasks.base import Encoded, Encoding
 from unlearn.tasks.causal_lm import FIELDS, fields
 
@@ -36,8 +37,12 @@ SHOWN = (1, 2, 5)  # records before a question, each number a try
 
 
 def words(text: str) -> set[str]:
-    """The different words of a text in lower case; letters and digits of any script."""
-    return set(re.findall(r"\w+", text.lower()))
+    """The different words of a text in lower case; letters and digits of any script.
+
+    A character of a script without spaces is a word.
+    """
+    apart = "".join(f" {c} " if unspaced(c) else c for c in text.lower())
+    return set(re.findall(r"\w+", apart))
 
 
 def gives_away(shown: str, question: str, truth: str) -> bool:
@@ -129,5 +134,5 @@ ATTACK = Prompting(
     "In-context relearning from other forget records",
     "Lynch et al. 2024, arXiv 2402.16835",
     elicit,
-    records=200,  # half of them are shown
+    records=200,  # of which the shown ones are not asked
 )

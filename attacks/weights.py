@@ -31,15 +31,15 @@ def strongest(
     Raises:
         Collapsed: none came to an end.
     """
-    found, failure = [], None
+    found, failure = [], ""
     for way in ways:
         try:
             with put_back(model):
                 found.append(way())
         except Collapsed as error:
-            failure = error
+            failure = str(error)  # its traceback would keep what the way had in memory
     if not found:
-        raise Collapsed(f"{what} failed in every way that was tried: {failure}") from failure
+        raise Collapsed(f"{what} failed in every way that was tried: {failure}")
     return max(found, key=worth)
 
 

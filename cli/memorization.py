@@ -49,7 +49,7 @@ def show(report: Memorization, directory: Path | None) -> None:
         _row(table, f"  recalled exactly after {last.step} steps on other texts", last.exact)
         _row(table, f"  recognised beside edits after {last.step} steps", last.edits)
     if report.verbatim:
-        _row(table, "generated tokens found word for word", report.verbatim.covered)
+        _row(table, "  of a generated text, found word for word", report.verbatim.covered)
     if report.counterfactual:
         _row(table, "counterfactual memorization", report.counterfactual.memory)
     out.print(table)

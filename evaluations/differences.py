@@ -62,7 +62,7 @@ def _states_of(taking: Taking, part: Encoded, name: str) -> dict[str, Array]:
         return {layer: torch.from_numpy(values) for layer, values in states.items()}
 
     kept = taking.run.once(f"states-{taking.role}-{name}", read)
-    return {layer: states.double().numpy() for layer, states in kept.items()}
+    return {layer: states.double().cpu().numpy() for layer, states in kept.items()}
 
 
 def _changed(model: nn.Module, case: Case) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _changed(model: nn.Module, case: Case) -> dict[str, Any]:
 
 def checks(measured: Measurements, case: Case) -> list[Check]:
     """What both checkpoints give away; for information."""
-    return [*_states(measured, case), *_weights(measured)]
+    return [*_states(measured, case), *_weights(measured, len(case.sets.forget))]
 
 
 def _states(measured: Measurements, case: Case) -> list[Check]:
@@ -107,20 +107,26 @@ def _states(measured: Measurements, case: Case) -> list[Check]:
     curves = {role: m.curves for role, m in measured.items()}
     if not all(f"states/{beside}" in c for c in curves.values()) or "original" not in curves:
         return []
-    before = curves["original"]
+    before, names = curves["original"], [f"states/{name}" for name in ("forget", beside)]
     values: dict[str, Any] = {}
-    n = 0
     for role in ("unlearned", "retrained"):
-        if role in curves:
-            names = [f"states/{name}" for name in ("forget", beside)]
+        if role in curves and _shapes(curves[role][names[0]]) == _shapes(before[names[0]]):
             pair = [activation_difference.moved(before[x], curves[role][x]) for x in names]
-            values[role], n = value(*pair), sum(map(len, pair))
+            values[role] = value(*pair)
+    if "unlearned" not in values:
+        return []
     title = "With both checkpoints: forget records told by how far their hidden states moved"
     fields = {
-        "title": f"{title}, beside the {beside.replace('_', ' ')} set", "unit": "AUC", "n": n,
-        "better": "closer_to_retrained", "group": "distance", "source": CHEN, **values,
+        "title": f"{title}, beside the {beside.replace('_', ' ')} set", "unit": "AUC",
+        "n": len(next(iter(before[names[0]].values()))), "better": "closer_to_retrained",
+        "group": "distance", "source": CHEN, **values,
     }  # fmt: skip
     return [Check("hidden_states_moved", "forget", fields=fields)]
+
+
+def _shapes(states: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """Of every layer; a reference of another architecture has others, and moved from nowhere."""
+    return {layer: values.shape for layer, values in states.items()}
 
 
 WEIGHTS = {
@@ -133,7 +139,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-def _weights(measured: Measurements) -> list[Check]:
+def _weights(measured: Measurements, n: int) -> list[Check]:
     steps: Mapping[Checkpoint, Mapping[str, Array]] = {
         role: m.curves["weights"] for role, m in measured.items() if "weights" in m.curves
     }
@@ -143,7 +149,7 @@ def _weights(measured: Measurements) -> list[Check]:
             role: Value(value=float(step[key][0])) for role, step in steps.items() if key in step
         }
         if "unlearned" in values:
-            fields = {"title": title, "unit": unit, "n": 0, "better": "closer_to_retrained",
+            fields = {"title": title, "unit": unit, "n": n, "better": "closer_to_retrained",
                       "group": "distance", "source": source, **values}  # fmt: skip
             found.append(Check(name, "forget", fields=fields))
     return found

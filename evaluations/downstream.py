@@ -188,12 +188,16 @@ def _unlike(one: _Told, other: _Told) -> float:
 
     Infinite where the other's answer would be true.
     """
-    lengths = len(WORD.findall(one.answer)), len(WORD.findall(other.answer))
-    if lengths[0] == lengths[1] and _retold(other, one.question).strip() == one.answer.strip():
+    lengths = len(_words(one.answer)), len(_words(other.answer))
+    if lengths[0] == lengths[1] and _words(_retold(other, one.question)) == _words(one.answer):
         return np.inf
     ours, theirs = (set(WORD.findall(row.question)) for row in (one, other))
     parted = 1 - len(ours & theirs) / max(1, len(ours | theirs))
     return parted + 0.1 * abs(lengths[0] - lengths[1]) / max(1, *lengths)
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())
 
 
 def _retold(other: _Told, question: str) -> str:

@@ -72,7 +72,7 @@ class Examination:
         self.weights: dict[Role, dict[str, str]] = {}
         self.decoder: Any = None
         self.recipe: Retrain | None = None
-        self.material = robustness.Material([], {}, {}, ())
+        self.material = robustness.Material([], [], {}, {}, ())
         self.series: Series | None = None
         self.watch_within: stability.Watch | None = None
 
@@ -210,7 +210,7 @@ def audit(config: AuditConfig, progress: Progress | None = None) -> tuple[Report
         outcome = distributed.on_main(lambda: begin(case, result))
         outcome.environment["processes"] = str(distributed.world())
         outcome.fingerprint_out = unlearned.fingerprint
-        stopwatch = Stopwatch(outcome.seconds)
+        stopwatch = Stopwatch(outcome.seconds, work)
         found: dict[Role, Checkpoint | None] = {
             "original": case.checkpoint,
             "unlearned": unlearned,
@@ -409,12 +409,12 @@ def _limits(case: Case, criteria: Criteria) -> tuple[str, ...]:
             f"{' and '.join(names).replace('_', ' ')} set, and say nothing about the others."
         )
     usual = robustness.LOOKED_FOR.get(case.checkpoint.task.name, 0)
-    sizes = {s.records or usual for s in robustness.searches(case)}
-    if sizes and len(case.sets.forget) > min(sizes):
-        most = " or ".join(f"{size:,}" for size in sorted(sizes))
+    own = {s.name: s.records for s in robustness.searches(case) if s.records}
+    if depth != "quick" and len(case.sets.forget) > usual:
+        apart = ", ".join(f"{name}: {size}" for name, size in own.items())
         found.append(
-            f"Rounding, other ways of asking and the like were tried on at most {most} random "
-            "records of the forget set."
+            f"Rounding, other ways of asking and the like were tried on at most {usual:,} random "
+            f"records of the forget set{f' ({apart})' if apart else ''}."
         )
     if case.sets.holdout is None:
         found.append("No holdout was given: membership was not tested against unseen records.")

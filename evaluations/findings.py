@@ -259,6 +259,8 @@ def beside(
     after, before, exact = (values.get(role) for role in ("unlearned", "original", "retrained"))
     if after is None or before is None or exact is None:
         why = "It means something only beside a retrained model: pass --retrained."
+        if unread := [role for role, found in values.items() if found is None]:
+            why = f"It could not be measured on the {' and the '.join(unread)} model."
         return Check(name, "forget", state=("not_run", why), fields=fields)
     effect, original = above(after, exact, rule.margin), above(before, exact, rule.margin)
     fields = fields | {"criterion": effect.criterion}

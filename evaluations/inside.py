@@ -181,6 +181,8 @@ def _relearning(
         source=RELEARNED,
     )  # fmt: skip
     found = [beside("relearning", areas, fields, criteria)]
+    if "original" not in curves:  # relearning destroyed it: a note says so
+        return found
     level = 0.9 * float(curves["original"]["hits"][0].mean())
     times = {r: steps_to(c["hits"].mean(1), c["steps"], level) for r, c in curves.items()}
     values: dict[str, Any] = {r: Value(value=float(t)) for r, t in times.items() if t is not None}

@@ -39,8 +39,9 @@ from unlearn.errors import BadInput
 from unlearn.evaluations.downstream import Choices, choices
 from unlearn.evaluations.measure import ASKED, thinned
 from unlearn.evaluations.probes import STRENGTHS, linear_probe, reduced, states_after
+from unlearn.generation import language_model
 from unlearn.run import Run
-from unlearn.tasks.base import Encoded, evaluating
+from unlearn.tasks.base import Encoded, Encoding, evaluating
 
 Array = npt.NDArray[np.float64]
 
@@ -215,7 +216,8 @@ def _read(model: nn.Module, options: Choices, run: Run) -> list[States]:
 
 
 def _ends(model: nn.Module, answers: Encoded, run: Run) -> list[Array]:
-    """By block, the state where the last answer token is predicted, shape (n, dim)."""
+    """By block, the state once the answer has been read, shape (n, dim)."""
+    answers = answers.replaced(map(_closed(answers), range(len(answers))))
     names = list(answers.task.layers(model))
     kept = [names.index(name) for name in thinned(names)]
     ends: list[list[Array]] = [[] for _ in kept]
@@ -233,6 +235,20 @@ def _ends(model: nn.Module, answers: Encoded, run: Run) -> list[Array]:
     if not all(np.isfinite(held).all() for held in found):
         raise BadInput("some hidden states are not finite: the model has diverged")
     return found
+
+
+def _closed(answers: Encoded) -> Callable[[int], Encoding]:
+    """Encodings whose last token closes the answer: that is predicted, and never read."""
+    special = set(language_model(answers).tokenizer.all_special_ids)
+
+    def closed(place: int) -> Encoding:
+        one: Encoding = answers[place]
+        if int(one["answer"][-1]) in special:
+            return one
+        longer = torch.cat((one["answer"], one["answer"][-1:]))
+        return {**one, "answer": longer, "units": one["units"] + 1, "length": one["length"] + 1}
+
+    return closed
 
 
 def _both(model: nn.Module, ground: Ground, run: Run) -> tuple[list[list[States]], list[States]]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -145,14 +146,25 @@ class Taking:
         return distributed.on_main(lambda: Signals.read(whole))
 
     def arrays(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Array]:
-        """Arrays of numbers, computed once."""
-        path = self._path(name, "safetensors")
+        """Arrays of numbers, computed once; what is noted meanwhile is kept beside them."""
+        path, notes = self._path(name, "safetensors"), self.run.notes
         if not distributed.on_main(path.exists):
+            before = len(notes)
             made = {key: np.ascontiguousarray(v, np.float64) for key, v in compute().items()}
             if distributed.is_main():
                 with written_whole(path) as new:
-                    save_file(made, new)
-        return distributed.on_main(lambda: dict(load_file(path)))
+                    save_file(made, new, {"notes": json.dumps(notes[before:])})
+
+        def kept() -> tuple[dict[str, Array], list[str]]:
+            with safe_open(path, "np") as file:
+                noted = json.loads((file.metadata() or {}).get("notes", "[]"))
+            return dict(load_file(path)), noted
+
+        found, noted = distributed.on_main(kept)
+        for sentence in noted:
+            if sentence not in notes:  # of an interrupted audit
+                self.run.note(sentence)
+        return found
 
     def answers(self, examples: Encoded, name: str) -> list[str]:
         """Greedy answers; texts stay in the place of unfinished work."""

@@ -32,13 +32,13 @@ from scipy import special, stats
 from unlearn.errors import BadInput
 from unlearn.evaluations import porter
 from unlearn.evaluations.statistics import ks_two_sample
+from unlearn.scripts import unspaced
 
 Array = npt.NDArray[np.float64]
 
 MUSE_TOKENS = 128  # how much of a passage MUSE compares
 WORD = re.compile("[a-z0-9]+|[^\\x00-\\x7f]+")
 WRITTEN = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Nd"}  # letters, their marks, digits
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 MUSE_STOPS = re.compile("\n\n|\nQuestion|Question:")  # where its short answers end
 
 
@@ -545,7 +545,7 @@ def _apart(character: str) -> str:
     beyond = character > "\u036f" and "LATIN" not in name  # accents are below
     if not beyond or unicodedata.category(character) not in WRITTEN:
         return " "
-    return f" {character} " if name.startswith(UNSPACED) else character
+    return f" {character} " if unspaced(character) else character
 
 
 def _common_subsequence(first: list[str], second: list[str]) -> int:

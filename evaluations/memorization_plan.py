@@ -168,7 +168,10 @@ def _check_settings(config: MemorizationConfig) -> None:
 def _listed(paths: str | Path) -> list[str | Path]:
     if isinstance(paths, Path):
         return [paths]
-    return [part.strip() for part in paths.split(",") if part.strip()]
+    found: list[str | Path] = [part.strip() for part in paths.split(",") if part.strip()]
+    if not found:
+        raise BadInput("--corpus names no file: name files or folders, or leave it out")
+    return found
 
 
 def _prefixes(config: MemorizationConfig, texts: Encoded) -> tuple[int, ...]:
@@ -268,10 +271,13 @@ def limits(plan: Plan) -> tuple[str, ...]:
             "texts, each once, and not about the audited weights."
         )
     if config.generations:
+        where = "Only the records were searched"
+        if plan.files:
+            ends = ", ".join(READ)
+            where = f"Only files that were given were searched, of folders those that end in {ends}"
         found.append(
-            "Only files that were given were searched, of folders those that end in "
-            f"{', '.join(READ)}: what stands elsewhere was not found. Matches are of whole words, "
-            "in the same letters."
+            f"{where}: what stands elsewhere was not found. Matches are of whole words, in the "
+            "same letters."
         )
     found.append("Texts are taken as independent of each other.")
     return tuple(found)

@@ -94,7 +94,7 @@ def memorization(
         work.mkdir(exist_ok=True)
         result.mkdir(exist_ok=True)
         outcome = begin(case, result)
-        stopwatch = Stopwatch(outcome.seconds)
+        stopwatch = Stopwatch(outcome.seconds, work)
         run = Run(case.checkpoint.task, config.seed, case.device, None, progress,
                   checkpoint=case.checkpoint)  # fmt: skip
         with given_back(config.checkpoint):

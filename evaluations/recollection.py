@@ -24,6 +24,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ from unlearn.evaluations.statistics import auc, auc_interval
 from unlearn.generation import greedy_answers, true_answers
 from unlearn.interface import Subject
 from unlearn.run import Run, Silent
+from unlearn.scripts import words
 from unlearn.tasks.base import Encoded
 from unlearn.tasks.causal_lm import FIELDS
 from unlearn.training import Term, Training, descend, likelihood
@@ -153,18 +155,18 @@ def words_of(*sets: Encoded) -> list[str]:
     Raises:
         BadInput: there is only one.
     """
-    words = [w for part in sets for row in _rows(part) for w in row[_said(row)].split()]
-    if len(set(words)) < 2:
+    found = [w for part in sets for row in _rows(part) for w in words(row[_said(row)])]
+    if len(set(found)) < 2:
         raise BadInput("a text can only be edited with other words: give records of several words")
-    return words
+    return found
 
 
-def minimal_edits(examples: Encoded, words: Sequence[str], seed: int) -> Encoded:
+def minimal_edits(examples: Encoded, others: Sequence[str], seed: int) -> Encoded:
     """Every text with a few of its words replaced; prompts are left as they are.
 
     Args:
         examples: records of a language model.
-        words: what replacements are drawn from, as often as they occur; at least two kinds.
+        others: what replacements are drawn from, as often as they occur; at least two kinds.
         seed: of the draws.
 
     Returns:
@@ -175,20 +177,21 @@ def minimal_edits(examples: Encoded, words: Sequence[str], seed: int) -> Encoded
     edited = []
     for i, row in enumerate(_rows(examples)):
         draw, size = random.Random(f"{seed}/{i}"), _read(examples, i, row)  # noqa: S311
-        edited.append({**row, _said(row): _edit(row[_said(row)], size, words, draw)})
+        edited.append({**row, _said(row): _edit(row[_said(row)], size, others, draw)})
     return Encoded(load(edited, f"edited {examples.name}"), examples.task)
 
 
 def _read(examples: Encoded, index: int, row: Mapping[str, Any]) -> int:
     """How many words of a text come before the cut with all their tokens, but at least one."""
     task, name = speaking(examples), _said(row)
-    own = row[name].split()
+    own = words(row[name])
     if examples[index]["length"] < task.max_length:
         return len(own)
+    ends = [end for _, end in _places(row[name], own)]
     fits, cut = 1, len(own)  # the least and one more than the most that can be
     while cut - fits > 1:
         middle = (fits + cut) // 2
-        begun = {**row, name: " ".join(own[:middle])}
+        begun = {**row, name: row[name][: ends[middle - 1]]}
         if task.encode(begun)["length"] < task.max_length:
             fits = middle
         else:
@@ -196,20 +199,28 @@ def _read(examples: Encoded, index: int, row: Mapping[str, Any]) -> int:
     return fits
 
 
-def _edit(text: str, size: int, words: Sequence[str], draw: random.Random) -> str:
+def _edit(text: str, size: int, others: Sequence[str], draw: random.Random) -> str:
     """The text with some of its first ``size`` words exchanged."""
-    own = text.split()
-    chosen = set(draw.sample(range(size), max(1, min(EDITS, size // 4))))
-    parts, rest = [], text
-    for place, word in enumerate(own):
-        space, _, rest = rest.partition(word)
-        if place in chosen:
-            new = draw.choice(words)
-            while new == word:
-                new = draw.choice(words)
-            word = new
-        parts += [space, word]
-    return "".join([*parts, rest])
+    own = words(text)
+    places = _places(text, own)
+    chosen = draw.sample(range(size), max(1, min(EDITS, size // 4)))
+    for place in sorted(chosen):
+        new = draw.choice(others)
+        while new == own[place]:
+            new = draw.choice(others)
+        own[place] = new
+    between = [text[a:b] for (_, a), (b, _) in pairwise([(0, 0), *places])]
+    return "".join(chain.from_iterable(zip(between, own, strict=True))) + text[places[-1][1] :]
+
+
+def _places(text: str, own: Sequence[str]) -> list[tuple[int, int]]:
+    """Where its words begin and end."""
+    found, end = [], 0
+    for word in own:
+        begin = text.index(word, end)
+        end = begin + len(word)
+        found.append((begin, end))
+    return found
 
 
 def differing(one: Encoded, other: Encoded) -> npt.NDArray[np.bool_]:
@@ -338,10 +349,10 @@ def recalled(
     task, truths = speaking(examples), []
     for i, truth in zip(asked, true_answers(part), strict=True):
         goes_on = examples[i]["answer"][where[i].stop :].tolist() not in ([], [task.eos])
-        words = truth.split()
-        truths.append(words[:-1] if goes_on and len(words) > 1 else words)
+        true = words(truth)
+        truths.append(true[:-1] if goes_on and len(true) > 1 else true)
     return np.array([
-        rouge_l(" ".join(truth), " ".join(answer.split()[: len(truth)])).recall
+        rouge_l(" ".join(truth), " ".join(words(answer)[: len(truth)])).recall
         for truth, answer in zip(truths, answers, strict=True)
     ])  # fmt: skip
 

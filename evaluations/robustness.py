@@ -13,7 +13,7 @@ Side effects alone are held against the original.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,7 @@ def compressed(targets: int, name: str = "compression") -> Search:
     return Search(
         "adversarial_compression", "Answers that a shorter adversarial prompt brings out",
         "share of records", "Schwarzschild et al. 2024, arXiv 2404.15146", score, needs=("--acr",),
+        records=targets,
     )  # fmt: skip
 
 
@@ -101,30 +102,33 @@ class Material:
 
     Attributes:
         rows: positions in the forget set of the records under search, as many as is usual.
-        translations: of those records, by language.
+        spoken: of those that are asked in other languages, at most as many.
+        translations: of these, by language.
         translated: by language, which of them each translation is of.
         templates: jailbreak prompts.
     """
 
     rows: list[int]
+    spoken: list[int]
     translations: Mapping[str, Encoded]
     translated: Mapping[str, list[int]]
     templates: tuple[str, ...]
 
-    def ground(self, case: Case, task: Task, records: int | None = None) -> Ground:
-        """The same for a model with this task; of another number of records, untranslated."""
+    def grounds(self, case: Case, task: Task) -> Callable[[Search], Ground]:
+        """What each search may use of it in a model with this task."""
         sets, seed = case.sets, case.config.seed
+        forget = sets.forget.as_read(task)
         retain = sets.retain and sets.retain.sample(SAMPLED["deep"], seed).as_read(task)
-        if records is not None:
-            sample = sets.forget.sample(records, seed).as_read(task)
-            return Ground(sample, retain, templates=self.templates)
-        return Ground(
-            sets.forget.select(self.rows).as_read(task),
-            retain,
-            {language: part.as_read(task) for language, part in self.translations.items()},
-            self.translated,
-            self.templates,
-        )
+        translations = {name: part.as_read(task) for name, part in self.translations.items()}
+
+        def ground(search: Search) -> Ground:
+            if search.name == languages.ATTACK.name:
+                spoken = forget.select(self.spoken)
+                return Ground(spoken, retain, translations, self.translated)
+            drawn = search.records and forget.drawn(search.records, seed)
+            return Ground(forget.select(drawn or self.rows), retain, templates=self.templates)
+
+        return ground
 
 
 def material(case: Case) -> Material:
@@ -136,20 +140,24 @@ def material(case: Case) -> Material:
     config, task = case.config, case.checkpoint.task
     if config.translations is not None and config.translator is not None:
         raise BadInput("pass --translations or --translator, not both")
-    rows = case.sets.forget.drawn(LOOKED_FOR.get(task.name, 0), config.seed)
+    forget, most = case.sets.forget, LOOKED_FOR.get(task.name, 0)
+    rows = spoken = forget.drawn(most, config.seed)
     templates = jailbreak.read_templates()
     if config.jailbreaks is not None:
         theirs = jailbreak.read_templates(config.jailbreaks)
         templates = (*templates, *(t for t in theirs if t not in templates))
     found: languages.Translations = {}, {}
     if isinstance(task, CausalLM) and config.translations is not None:
-        found = _among(rows, languages.read(config.translations, case.sets.forget.examples, task))
+        found = languages.read(config.translations, forget.examples, task)
+        known = sorted({row for numbers in found[1].values() for row in numbers})
+        spoken = [known[i] for i in forget.select(known).drawn(most, config.seed)]
+        found = _among(spoken, found)
     elif config.translator is not None:
         given = config.translator
         several = isinstance(given, Mapping) and "model" not in given
         by_language = given if several else {"another language": given}
-        found = languages.translated(case.sets.forget.select(rows), by_language, case.device)
-    return Material(rows, *found, templates)
+        found = languages.translated(forget.select(rows), by_language, case.device)
+    return Material(rows, spoken, *found, templates)
 
 
 def _among(rows: list[int], found: languages.Translations) -> languages.Translations:
@@ -178,9 +186,9 @@ def look(found: Measured, taking: Taking, case: Case, brought: Material) -> None
     if taking.role == "original":
         _note(taking.run, case, brought)
     wanted = searches(case, taking.role)
-    grounds = {n: brought.ground(case, task, n) for n in {s.records for s in wanted}}
+    ground = brought.grounds(case, task)
     for search in wanted:
-        _search(found, taking, search, grounds[search.records], "forget")
+        _search(found, taking, search, ground(search), "forget")
     neighbours = case.sets.neighbours
     if neighbours is not None and task.name == "causal_lm":
         _search(found, taking, side_effects.SEARCH, Ground(neighbours.as_read(task)), "neighbours")
@@ -193,7 +201,9 @@ def _note(run: Run, case: Case, brought: Material) -> None:
         version = jailbreak.digest(brought.templates)
         words.append(f"{len(brought.templates)} jailbreak prompts (version {version})")
     if languages.ATTACK.name in looked and brought.translations:
-        words.append(f"translations into {', '.join(brought.translations)}")
+        words.append(
+            f"translations of {len(brought.spoken)} records into {', '.join(brought.translations)}"
+        )
     if {search.name for search in quantization.SEARCHES} & looked:
         words.append(f"weights rounded by {quantization.backend(run.device)}")
     if words:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from unlearn.errors import BadInput
 from unlearn.evaluations.extractable import Estimate, mean, proportion
+from unlearn.scripts import words
 
 Lengths = npt.NDArray[np.int64]
 Document = Iterable[Sequence[str]]  # its words, some at a time
@@ -111,8 +112,8 @@ class Automaton:
             self._number, self._next, self._link, self._length, self._best,
         )  # fmt: skip
         state = run = 0
-        for words in document:
-            for word in words:
+        for some in document:
+            for word in some:
                 known = number.get(word)
                 if known is None:
                     state = run = 0
@@ -156,15 +157,15 @@ def searched(
     Raises:
         BadInput: no text holds a word.
     """
-    words = [text.split() for text in texts]
-    if not any(words):
+    written = [words(text) for text in texts]
+    if not any(written):
         raise BadInput("the model generated no words, so there is nothing to search for")
-    automaton = Automaton(words)
+    automaton = Automaton(written)
     for document in documents:
         automaton.read(document)
-    known = {word: max(1, tokens(word)) for word in {w for text in words for w in text}}
+    known = {word: max(1, tokens(word)) for word in {w for text in written for w in text}}
     shares, found, total = [], [], 0
-    for text, lengths in zip(words, automaton.matches(), strict=True):
+    for text, lengths in zip(written, automaton.matches(), strict=True):
         sizes = np.array([known[word] for word in text], dtype=np.int64)
         within, longest, end = _covered(lengths, sizes, least)
         total += int(sizes.sum())
@@ -267,7 +268,7 @@ def said(row: Any) -> Iterator[Document]:
     [[['x', 'y']], [['z']]]
     """
     if isinstance(row, str):
-        yield [row.split()]
+        yield [words(row)]
     elif isinstance(row, dict):
         for value in row.values():
             yield from said(value)
@@ -287,10 +288,10 @@ def _blocks(path: Path) -> Document:
     rest = ""
     with _opened(path, encoding="utf-8") as file:
         while block := file.read(BLOCK):
-            words = (rest + block).split()
-            rest = "" if block[-1].isspace() else words.pop()
-            yield words
-    yield rest.split()
+            found = words(rest + block)
+            rest = "" if block[-1].isspace() else found.pop()
+            yield found
+    yield words(rest)
 
 
 def _json_lines(path: Path) -> Iterator[Any]:

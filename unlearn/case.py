@@ -89,6 +89,10 @@ class Case:
             json.dumps([self.method_name, self.hyperparameters], sort_keys=True, default=str),
             *(checkpoint.fingerprint if checkpoint else "" for checkpoint in found),
             *([self.classifier.fingerprint] if self.config.classifier is not None else []),
+            *(
+                content(getattr(self.config, name))
+                for name in ("translations", "translator", "jailbreaks")
+            ),
             self.device.type,
             # in their order: batches and what is kept of them go by position
             *(f"{name}:{b''.join(hashes).hex()}" for name, hashes in self.hashes.items()),
@@ -114,8 +118,22 @@ class Case:
 # settings that identity() takes by content, or that decide nothing
 BY_CONTENT = (
     "checkpoint", "original", "unlearned", "forget", "retain", "holdout", "data", "retrained",
-    "classifier", "neighbours", "out", "save_every", "shadow_cache",
+    "classifier", "neighbours", "translations", "translator", "jailbreaks",
+    "out", "save_every", "shadow_cache",
 )  # fmt: skip
+
+
+def content(given: Any) -> str:
+    """What stands in a file or directory, or was given as it is; a function is like no other."""
+    if isinstance(given, Mapping):
+        given = {name: content(part) for name, part in given.items()}
+    elif isinstance(given, str | Path) and (path := Path(given)).exists():
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+        given = [
+            (str(file.relative_to(path)), hashlib.sha256(file.read_bytes()).hexdigest())
+            for file in files
+        ]
+    return json.dumps(given, sort_keys=True, default=str)
 
 
 def options(config: CaseConfig) -> Options:

@@ -232,7 +232,7 @@ def _carry_out(plan: Plan, audit: Audit | None, progress: Progress, place: Path)
     )  # fmt: skip
     outcome = distributed.on_main(lambda: begin(plan, result))
     outcome.environment["processes"] = str(distributed.world())
-    stopwatch = Stopwatch(outcome.seconds)
+    stopwatch = Stopwatch(outcome.seconds, work)
 
     def examine(role: Role, model: nn.Module) -> None:
         if audit is not None:

@@ -6,6 +6,7 @@ failed after its model was saved; work that failed for a reason before leaves no
 
 from __future__ import annotations
 
+import json
 import platform
 import secrets
 import shutil
@@ -163,17 +164,25 @@ def begin(case: Case, result: Path) -> Outcome:
 
 
 class Stopwatch:
-    """Seconds by phase."""
+    """Seconds by phase, with those that interrupted work has spent, as ``work`` keeps them."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: dict[str, float], work: Path) -> None:
+        self.seconds, self.file = seconds, work / "seconds.json"
+        if self.file.exists():
+            seconds.update(json.loads(self.file.read_text()))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the block."""
         start = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - start, 3)
+        try:
+            yield
+        finally:
+            spent = self.seconds.get(name, 0.0) + time.monotonic() - start
+            self.seconds[name] = round(spent, 3)
+            if distributed.is_main():
+                with written_whole(self.file) as new:
+                    new.write_text(json.dumps(self.seconds))
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -206,8 +206,8 @@ def compress(
     """
     longest = _longest(frame, target)
     told = [run.seed, list(target), frame.first, frame.last, list(known), asdict(attack)]
-    key = f"{name}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
-    file = run.work / "compression" / f"{key}.json" if run.work is not None else None
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]  # the same for every model
+    file = run.work / "compression" / f"{name}-{key}.json" if run.work is not None else None
     share = attack.share(attack.budget, longest <= FIRST)
     state = _State(longest, min(FIRST, longest), (), share)
     if file is not None and file.exists():

@@ -27,7 +27,7 @@ from unlearn.tasks.causal_lm import CausalLM
 from unlearn.tasks.classification import Classification
 from unlearn.training import Term, Training, descend, likelihood
 
-QUICK = Compression(budget=40, topk=64, batch=24, seeds=2)
+QUICK = Compression(budget=80, topk=64, batch=24, seeds=2)
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 
 
@@ -88,6 +88,14 @@ def test_a_trained_text_is_memorised_and_a_random_one_is_not() -> None:
         assert one.prompt is None
         assert one.ratio == len(one.target) / (len(one.target) + 1) < 1
         assert one.steps <= less.budget
+
+
+def test_the_same_model_is_searched_alike_under_every_name() -> None:
+    model, task, _ = world()
+    records = records_of(texts(2, 8, 9), task)
+    few = replace(QUICK, budget=12)
+    found = [compressions(model, records, Run(task), few, name=name).found for name in "ab"]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("budget", [1, 2, 7])

@@ -366,6 +366,16 @@ def test_a_text_that_holds_the_truth_gives_it_away(truth: list[str], question: l
     assert not in_context.gives_away("x y", " ".join(question), words)
 
 
+def test_scripts_without_spaces_have_words() -> None:
+    home = "\u5317\u4eac"
+    assert in_context.gives_away(
+        f"\u4ed6\u4f4f\u5728{home}", "\u6606\u6797\u4f4f\u5728\u54ea\u91cc", home
+    )
+    assert not in_context.gives_away(
+        "\u4ed6\u4f4f\u5728\u4e0a\u6d77", "\u4f4f\u5728\u54ea\u91cc", home
+    )
+
+
 def test_one_record_has_no_other(knowing: Subject) -> None:
     task = task_of(knowing)
     with pytest.raises(BadInput, match="at least two records with a question, and there are 1"):

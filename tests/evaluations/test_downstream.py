@@ -169,6 +169,18 @@ def test_borrowed_answers_are_told_of_who_is_asked_about(task: CausalLM) -> None
     assert questions == [row["question"] for row in rows for _ in range(n)]
 
 
+def test_an_answer_that_differs_in_its_signs_alone_is_not_wrong(task: CausalLM) -> None:
+    rows = [
+        {"question": f"Where does {name} live?", "answer": answer}
+        for name, answer in (("Ann", "Rome"), ("Bob", "rome."), ("Eve", "In Oslo"), ("Ida", "Bern"))
+    ]
+    found = choices(encoded(rows, task))
+    n = len(found.wrong) // len(found.true)
+    assert n == 2
+    for i in (0, 1):
+        assert set(answers(found.wrong)[i * n : (i + 1) * n]) == {"In Oslo", "Bern"}
+
+
 def test_others_lend_only_where_a_set_has_too_few(lm_world: demo.World, task: CausalLM) -> None:
     forget = encoded(lm_world.forget, task)
     retain = encoded(lm_world.retain, task, "retain")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -12,7 +14,7 @@ from unlearn.attacks.membership import attacks
 from unlearn.attacks.membership.loss import ATTACKS as LOSS
 from unlearn.attacks.signals import Signals
 from unlearn.case import Case
-from unlearn.evaluations import divergence, exposure, findings
+from unlearn.evaluations import divergence, exposure, findings, inside
 from unlearn.evaluations.criteria import Check, Decision, decide, read
 from unlearn.evaluations.examination import overall
 from unlearn.evaluations.measure import Measured, Measurements
@@ -511,3 +513,27 @@ def test_equivalence_is_shown_by_many_records_and_never_by_few() -> None:
 
     assert p_value(2000) < 0.01
     assert p_value(12) > 0.05
+
+
+def test_what_could_not_be_measured_is_named() -> None:
+    some, name = np.full(4, 0.5), "relearning"
+    ways = [
+        ({"original": some, "unlearned": some}, "pass --retrained"),
+        ({"original": some, "unlearned": some, "retrained": None}, "on the retrained model"),
+        ({"original": some, "unlearned": None, "retrained": some}, "on the unlearned model"),
+    ]
+    for values, why in ways:
+        state, reason = findings.beside(name, values, {}, CRITERIA).state
+        assert state == "not_run"
+        assert why in reason
+
+
+def test_relearning_that_destroys_the_original_decides_nothing() -> None:
+    curve = {"hits": np.full((2, 3), 0.5), "steps": np.array([0, 4])}
+    shown = texts(LIKELY, 0)
+    relearned = replace(shown, curves={"relearning": curve})
+    measured = {"original": shown, "unlearned": relearned, "retrained": relearned}
+    found = inside.Inside(measured, text_case(audit="standard"))
+    by_name = {check.name: check for check in found.checks(CRITERIA)}
+    assert by_name["relearning"].state[0] == "not_run"
+    assert "relearn_time" not in by_name

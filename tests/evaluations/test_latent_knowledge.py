@@ -158,6 +158,24 @@ def test_states_are_those_after_the_whole_answer(ground) -> None:
         assert found[0].true[i] == pytest.approx(hidden.numpy(), abs=1e-5)
 
 
+def test_the_last_token_is_read_of_answers_that_nothing_closes(ground) -> None:
+    model, there, task = ground
+    open_ended = there.forget.replaced(
+        {
+            **one,
+            "answer": one["answer"][:-1],
+            "units": one["units"] - 1,
+            "length": one["length"] - 1,
+        }
+        for one in map(there.forget.__getitem__, range(len(there.forget)))
+    )
+    closed, cut = (
+        latent_knowledge._ends(model, part, Run(task)) for part in (there.forget, open_ended)
+    )
+    for one, other in zip(closed, cut, strict=True):
+        assert other == pytest.approx(one, abs=1e-5)
+
+
 @pytest.mark.parametrize("search", [SEARCH, UNSUPERVISED])
 def test_a_model_is_left_as_it_was_and_gives_the_same_twice(search, ground) -> None:
     model, there, task = ground

@@ -265,6 +265,7 @@ def test_positions_belong_to_memorization(world):
         (["--training", "epoks=3"], "epochs"),
         (["--device", "cuda:99x"], "device"),
         (["--corpus", "pyproject.toml"], "ends in none of"),
+        (["--corpus", " ,"], "--corpus names no file"),
         (["--training", "init=nosuch"], "nosuch does not exist"),
     ],
 )

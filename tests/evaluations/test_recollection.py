@@ -88,6 +88,15 @@ def test_edits_are_minimal_and_of_other_words(known):
     assert list(other.examples.rows) != list(edited.examples.rows)
 
 
+def test_edits_of_scripts_without_spaces_are_of_single_signs(known):
+    _, task, _ = known
+    text = "\u6211\u4f4f\u5728\u5317\u4eac\u5e02 a b"
+    edited = minimal_edits(Encoded(load([{"text": text}], "data"), task), ["\u4e0a"], seed=0)
+    (after,) = (row["text"] for row in edited.examples.rows)
+    assert len(after) == len(text)
+    assert sum(old != new for old, new in zip(text, after, strict=True)) == 8 // 4
+
+
 def test_the_only_word_cannot_be_exchanged(known):
     _, task, _ = known
     examples = Encoded(load([{"text": "a a a"}], "data"), task)

@@ -25,7 +25,10 @@ from unlearn.tasks.base import Encoded
 
 FORGET, _, _ = demo.people(seed=1, forget=1, retain=1, holdout=1)
 ROLES = ("original", "unlearned", "retrained")
-JAILBREAK = next(search for search in SEARCHES if search.name == "jailbreak")
+JAILBREAK, LANGUAGES = (
+    next(search for search in SEARCHES if search.name == name)
+    for name in ("jailbreak", "languages")
+)
 
 
 def deep(**settings: Any) -> Case:
@@ -49,7 +52,7 @@ def test_a_language_model_is_asked_our_templates_about_all_of_a_small_set(plainl
     assert brought.templates == jailbreak.read_templates()
     assert brought.rows == list(range(len(FORGET)))
     assert (brought.translations, brought.translated) == ({}, {})
-    ground = brought.ground(plainly, plainly.checkpoint.task)
+    ground = brought.grounds(plainly, plainly.checkpoint.task)(JAILBREAK)
     assert ground.forget.examples.ids == plainly.sets.forget.examples.ids
     assert len(ground.retain) == len(plainly.sets.retain)
 
@@ -84,25 +87,36 @@ def test_translations_follow_the_records_that_were_drawn(monkeypatch: pytest.Mon
     monkeypatch.setitem(robustness.LOOKED_FOR, "causal_lm", 5)
     case = deep(translations=given)
     brought = material(case)
-    assert len(brought.rows) == 5
-    assert brought.rows == sorted(brought.rows) != [0, 1, 2, 3, 4]
-    asked = [row for row in (5, 0, 3, 1, 7, 2, 6, 4) if row in brought.rows]
-    assert brought.translated["de"] == [brought.rows.index(row) for row in asked]
-    assert brought.translated["el"] == [brought.rows.index(row) for row in asked if row != 3]
-    ground = brought.ground(case, case.checkpoint.task)
+    spoken = brought.spoken
+    assert len(spoken) == 5
+    assert spoken == sorted(spoken) != [0, 1, 2, 3, 4]
+    asked = [row for row in (5, 0, 3, 1, 7, 2, 6, 4) if row in spoken]
+    assert brought.translated["de"] == [spoken.index(row) for row in asked]
+    assert brought.translated["el"] == [spoken.index(row) for row in asked if row != 3]
+    ground = brought.grounds(case, case.checkpoint.task)(LANGUAGES)
     for language, part in ground.translations.items():
         for i, place in enumerate(ground.rows[language]):
-            assert part.examples[i]["question"] == f"{language} {brought.rows[place]}?"
+            assert part.examples[i]["question"] == f"{language} {spoken[place]}?"
             assert part.examples[i]["answer"] == ground.forget.examples[place]["answer"]
+
+
+def test_what_is_translated_is_asked_whatever_else_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(robustness.LOOKED_FOR, "causal_lm", 2)
+    for row in range(len(FORGET)):
+        brought = material(deep(translations=[{"language": "de", "row": row, "question": "?"}]))
+        assert (brought.spoken, brought.translated) == ([row], {"de": [0]})
 
 
 def test_a_search_that_only_reads_gets_more_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(robustness.LOOKED_FOR, "causal_lm", 2)
     case = deep()
     seen = dict[str, int]()
-    for search in SEARCHES:
-        ground = material(case).ground(case, case.checkpoint.task, search.records)
-        seen[search.name] = len(ground.forget)
+    ground = material(case).grounds(case, case.checkpoint.task)
+    for search in (*SEARCHES, compressed(3)):
+        seen[search.name] = len(ground(search).forget)
+    assert seen.pop("adversarial_compression") == 3
     everything = {"in_context", "downstream", "latent_knowledge", "latent_knowledge_unsupervised"}
     assert {name for name, n in seen.items() if n == len(FORGET)} == everything
     assert {n for name, n in seen.items() if name not in everything} == {2}
@@ -151,7 +165,7 @@ def test_the_report_can_say_what_was_tried(plainly: Case) -> None:
         "rounded by torch."
     ]
     robustness._note(run, plainly, material(deep(translator={"el": upper})))
-    assert "translations into el" in run.notes[1]
+    assert f"translations of {len(FORGET)} records into el" in run.notes[1]
     quick = Run(plainly.checkpoint.task)
     robustness._note(quick, text_case(audit="quick"), material(plainly))
     assert quick.notes == []
@@ -178,15 +192,17 @@ def taking(case: Case, folder: Path, role: str = "original") -> Taking:
 def test_what_was_found_is_read_back(plainly: Case, tmp_path: Path) -> None:
     tried = []
 
-    def score(*_: Any) -> np.ndarray:
+    def score(_: Any, __: Any, run: Run) -> np.ndarray:
         tried.append(1)
+        run.note("One prompt was left out.")
         return np.array([0.25, 1.0])
 
     search = Search("x", "X", "", "", score)
     for _ in range(2):  # the second time as after an interruption
-        found = Measured({})
-        robustness._search(found, taking(plainly, tmp_path), search, Ground(None), "forget")
+        found, at = Measured({}), taking(plainly, tmp_path)
+        robustness._search(found, at, search, Ground(None), "forget")
         assert found.numbers["x"]["forget"].tolist() == [0.25, 1.0]
+        assert at.run.notes == ["One prompt was left out."]
     assert len(tried) == 1
     robustness._search(
         found, taking(plainly, tmp_path, "retrained"), search, Ground(None), "forget"

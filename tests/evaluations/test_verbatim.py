@@ -64,6 +64,14 @@ def test_shares_by_hand():
     assert searched(texts, said({"t": "z aa b cc b"}), len, least=3).examples == ()
 
 
+def test_scripts_without_spaces_match_sign_by_sign(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("xx \u6211\u4f4f\u5728\u5317\u4eac\u3002yy")
+    found = searched(["\u4ed6\u4f4f\u5728\u5317\u4eac!"], documents(file), len, least=3)
+    assert (found.tokens, found.longest) == (6, (4,))
+    assert found.covered.value == pytest.approx(4 / 6)
+
+
 def test_a_match_does_not_cross_documents():
     document = [said("a b"), said("c d")]
     found = searched(["a b c d"], (d for part in document for d in part), len, least=1)

@@ -501,6 +501,24 @@ def test_identity_is_that_of_the_result(tiny_lm, lm_world, tmp_path):
     assert len({base, *(other.identity() for other in others)}) == len(others) + 1
 
 
+def test_identity_follows_what_files_of_prompts_hold(tiny_lm, lm_world, tmp_path):
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "translator"
+    folder.mkdir()
+    found = []
+    for text in ("a {question}", "b {question}", "a {question}"):
+        prompts.write_text(text)
+        (folder / "config.json").write_text(text)
+        for given in (
+            {"jailbreaks": prompts},
+            {"translations": prompts},
+            {"translator": {"German": str(folder)}},
+        ):
+            asked = planned(tiny_lm, lm_world, audit="deep", shadows=0, **given)
+            found.append(asked.identity())
+    assert found[:3] == found[6:]
+    assert len(set(found)) == 6
+
+
 def test_planning_reads_files(tiny_lm, lm_files, lm_world, tmp_path):
     (tmp_path / "ids").write_text("2\n0\n")
     found = plan(
