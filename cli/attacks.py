@@ -14,11 +14,12 @@ def command(as_json: bool) -> None:
     """List the membership attacks and searches: what they need, and which audits run them."""
     from unlearn.attacks.interface import Attack, Search
     from unlearn.attacks.membership import attacks
+    from unlearn.evaluations import side_effects
     from unlearn.evaluations.robustness import SEARCHES, compressed
 
     found: list[tuple[str, Attack | Search]] = [
         *(("membership", attack) for attack in attacks()),
-        *(("search", search) for search in (*SEARCHES, compressed(1))),
+        *(("search", search) for search in (*SEARCHES, compressed(1), side_effects.SEARCH)),
     ]
     described: list[dict[str, Any]] = [
         {
@@ -46,4 +47,5 @@ def command(as_json: bool) -> None:
     out = Console(highlight=False)
     out.print(table)
     out.print("\nSources and model families: `unlearn attacks --json`. Searches count beside a")
-    out.print("retrained model only; membership attacks beside one or a holdout.")
+    out.print("retrained model only (side effects beside the original); membership attacks beside")
+    out.print("one or a holdout.")

@@ -62,4 +62,6 @@ SEARCH = Search(
     "share of the answer",
     "Lynch et al. 2024, arXiv 2402.16835",
     score,
+    depth="quick",
+    needs=("--neighbours",),
 )
