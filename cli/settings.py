@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -22,9 +22,15 @@ FLAGS = {"columns": "--column"}  # given once per pair
 
 
 def options(
-    kind: type[CaseConfig], command: str, arguments: tuple[str, ...] = ()
+    kind: type[CaseConfig],
+    command: str,
+    arguments: tuple[str, ...] = (),
+    hidden: Container[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that adds one flag per field of ``kind``, but for positional ``arguments``."""
+    """A decorator that adds one flag per field of ``kind``, but for positional ``arguments``.
+
+    Help does not show those that are ``hidden``: the command refuses them with a reason.
+    """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         fields = kind.model_fields
@@ -32,7 +38,8 @@ def options(
         ordered = [*own, *(name for name in fields if name not in own)]
         for name in reversed([n for n in ordered if n not in arguments]):
             flag, settings = _flag(name, fields[name], command)
-            function = click.option(flag, f"{name}_", **settings)(function)
+            hide = name in hidden
+            function = click.option(flag, f"{name}_", hidden=hide, **settings)(function)
         return function
 
     return decorate

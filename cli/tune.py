@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unlearn.cli import console, settings
-from unlearn.config import TuneConfig, configure
+from unlearn.config import UNREAD, TuneConfig, configure
 from unlearn.errors import BadInput
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Examples:
 
 @click.command("tune", epilog=EXAMPLES)
 @click.argument("checkpoint", required=False)
-@settings.options(TuneConfig, "tune", ("checkpoint",))
+@settings.options(TuneConfig, "tune", ("checkpoint",), hidden=UNREAD)
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of these settings")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object on stdout")
 def command(

@@ -1,8 +1,8 @@
 """The trials of a search as optuna keeps them: claimed, carried out, and told of.
 
 The proposals are those of optuna's tree-structured Parzen estimator for several objectives (Ozaki
-et al. 2020, doi 10.1145/3377930.3389817), seeded by the number of the trial. Its pruning is not
-used: it is for a single objective.
+et al. 2020, doi 10.1145/3377930.3389817), seeded by the number of the trial and the hyperparameter.
+Its pruning is not used: it is for a single objective.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,8 @@ from typing import Any
 import filelock
 import optuna
 from optuna.trial import Trial, TrialState
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 from unlearn import registry
 from unlearn.errors import BadInput, MissingNeed, UnlearnError
@@ -33,6 +34,7 @@ from unlearn.ranges import Choice, Space, Subset
 from unlearn.run import Progress, execute
 
 STUDY = "unlearn tune"
+EITHER = Choice((False, True))
 DOMINATED = Objectives(1.0, 0.0)  # nothing forgotten, everything lost: a trial that was given up
 
 
@@ -53,14 +55,20 @@ def opened(url: str, identity: str, method: str) -> optuna.Study:
     """The study of a storage, ours from the start.
 
     Raises:
-        BadInput: it cannot be opened, or is about something else.
+        BadInput: it cannot be opened or kept, or is about something else.
     """
+    if in_memory(url):
+        raise BadInput(
+            f"{url} is kept in memory and gone with its process, so that nobody could go on from "
+            "it: pass --storage sqlite:///FILE, or none"
+        )
     waits = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
     try:
         with alone(url):
             study: optuna.Study = optuna.create_study(
                 study_name=STUDY, storage=optuna.storages.RDBStorage(url, engine_kwargs=waits),
                 directions=("minimize", "maximize"), load_if_exists=True,
+                sampler=optuna.samplers.TPESampler(seed=0),  # optuna 4 would take another
             )  # fmt: skip
             held = study.user_attrs.get("identity")
             if held is None:
@@ -69,14 +77,40 @@ def opened(url: str, identity: str, method: str) -> optuna.Study:
     except Exception as error:
         why = str(error).strip().splitlines()[:1]
         raise BadInput(
-            f"the storage {url} cannot be opened ({''.join(why)}): pass --storage sqlite:///FILE"
+            f"the storage {shown(url)} cannot be opened ({''.join(why)}): pass --storage "
+            "sqlite:///FILE"
         ) from error
     if held not in (None, identity):
         raise BadInput(
-            f"{url} holds a search for {study.user_attrs.get('method')} with another method, "
-            "checkpoint, range or data: choose another --storage, or repeat its command"
+            f"{shown(url)} holds a search for {study.user_attrs.get('method')} with another "
+            "method, checkpoint, range or data: choose another --storage, or repeat its command"
         )
     return study
+
+
+def shown(url: str) -> str:
+    """A storage for people: without its password, or what may hold one where it is malformed."""
+    place = parsed(url)
+    if place is not None:
+        return place.render_as_string(hide_password=True)
+    kind, is_url, _ = url.partition("://")
+    return f"{kind}://***" if is_url else url
+
+
+def in_memory(url: str) -> bool:
+    """Whether a storage is a database of SQLite that is in no file."""
+    place = parsed(url)
+    if place is None or place.get_backend_name() != "sqlite":
+        return False
+    return ":memory:" in (place.database or ":memory:")
+
+
+def parsed(url: str) -> URL | None:
+    """The parts of a URL; None: it is none."""
+    try:
+        return make_url(url)
+    except (ArgumentError, ValueError):  # the latter by a port that is no number
+        return None
 
 
 @contextmanager
@@ -101,6 +135,7 @@ class Worker:
         space: where to look.
         trials: that the study is to hold.
         out: of this worker alone.
+        name: of this worker, in this call and in those that go on from it.
         progress: told about every step.
     """
 
@@ -110,6 +145,7 @@ class Worker:
     space: Mapping[str, Space]
     trials: int
     out: Path
+    name: str
     progress: Progress
 
     def work(self, starts: Mapping[str, Mapping[str, Any]], trying: Trying) -> None:
@@ -148,7 +184,7 @@ class Worker:
             if len(self._counted()) >= self.trials:
                 return None
             trial = self.study.ask()
-            trial.set_user_attr("place", self._place)
+            trial.set_user_attr("worker", self.name)
             return trial
 
     def rows(self) -> tuple[Row, ...]:
@@ -165,11 +201,6 @@ class Worker:
             for trial in self.study.get_trials(states=(TrialState.COMPLETE,))
         )
 
-    @property
-    def _place(self) -> str:
-        """Names this worker: one directory on one machine."""
-        return f"{socket.gethostname()}:{self.out}"
-
     def _counted(self) -> list[optuna.trial.FrozenTrial]:
         """Trials that are finished, or that a worker is at."""
         return list(self.study.get_trials(states=(TrialState.COMPLETE, TrialState.RUNNING)))
@@ -177,21 +208,17 @@ class Worker:
     def _left(self) -> list[Trial]:
         """What this worker was at when it was killed."""
         # in a file that is ours alone now, a trial of nobody lost its worker as it was claimed
-        lost = {self._place, None} if self.url.startswith("sqlite") else {self._place}
+        lost = {self.name, None} if self.url.startswith("sqlite") else {self.name}
         found = []
         for frozen in self.study.get_trials(states=(TrialState.RUNNING,)):
-            if frozen.user_attrs.get("place") in lost:
+            if frozen.user_attrs.get("worker") in lost:
                 trial = Trial(self.study, frozen._trial_id)  # optuna has no other way back to it
-                trial.set_user_attr("place", self._place)
+                trial.set_user_attr("worker", self.name)
                 found.append(trial)
         return found
 
     def _settings(self, trial: Trial) -> dict[str, Any]:
         """What a trial tries: what it was given, or what the sampler proposes."""
-        seed = f"{self.base.config.seed}/trial {trial.number}".encode()
-        self.study.sampler = optuna.samplers.TPESampler(
-            seed=int.from_bytes(hashlib.sha256(seed).digest()[:4], "big")
-        )
         if "settings" in trial.user_attrs:
             for name in trial.user_attrs.get("proposed", ()):  # the sampler learns from it, too
                 self._proposal(trial, name, self.space[name])
@@ -202,15 +229,25 @@ class Worker:
     def _proposal(self, trial: Trial, name: str, found: Space) -> Any:
         """What the sampler says for one hyperparameter, in terms of the method."""
         if isinstance(found, Subset):  # every part is a yes or no of its own
-            chosen = [p for p in self._parts(found)
-                      if trial.suggest_categorical(f"{name}.{p}", (False, True))]  # fmt: skip
-            return ",".join(chosen)
+            parts = self._parts(found)
+            chosen = [p for p in parts if self._proposal(trial, f"{name}.{p}", EITHER)]
+            # no part at all is no run, and as the worst of all trials it would speak against
+            # leaving any of them out
+            return ",".join(chosen or [parts[trial.number % len(parts)]])
+        self._seed(trial, name)
         if isinstance(found, Choice):
             return trial.suggest_categorical(name, found.values)
         if found.whole:
             low, high, step = int(found.low), int(found.high), int(found.step or 1)
             return trial.suggest_int(name, low, high, step=step, log=found.log)
         return trial.suggest_float(name, found.low, found.high, step=found.step, log=found.log)
+
+    def _seed(self, trial: Trial, name: str) -> None:
+        """Draw for each hyperparameter anew: a trial may go on where some are drawn already."""
+        seed = f"{self.base.config.seed}/trial {trial.number}/{name}".encode()
+        self.study.sampler = optuna.samplers.TPESampler(
+            seed=int.from_bytes(hashlib.sha256(seed).digest()[:4], "big")
+        )
 
     def _asked(self, name: str, found: Space, value: Any) -> dict[str, Any]:
         """A value of the method in terms of the sampler; empty where it would not propose it."""

@@ -11,7 +11,8 @@ of the denoising losses), and *quality* on the holdout, as a share of the origin
 probability of a token, or the inverse denoising loss).
 
 The original and the retrained model are measured once for all trials. A model that breaks, or that
-gets less than half as many of ``LOOKED`` retained records right as the original, is not audited.
+gets less than half as much of ``LOOKED`` retained records right as the original (answers of a
+classifier, tokens of a language model's answers), is not audited.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from unlearn.evaluations.objectives import Objectives, objectives
 from unlearn.evaluations.schema import Finding, Value
 from unlearn.evaluations.stability import right
 from unlearn.evaluations.statistics import auc
+from unlearn.interface import Method
 from unlearn.plan import Plan
 from unlearn.run import Role, Run
 from unlearn.scope import WORDS, matching
@@ -62,9 +64,7 @@ def planned(base: Plan, settings: Mapping[str, Any], out: Path | None = None) ->
         UnlearnError: the method, its needs or the scope say no.
     """
     method = registry.build(base.method_name, settings)
-    scope = getattr(method, "scope", "all")
-    if scope not in WORDS:
-        matching(scope, base.checkpoint.parameter_names())
+    check_names(base, method)
     found = replace(
         base,
         config=base.config.model_copy(update={"set": dict(settings), "scope": None, "out": out}),
@@ -75,6 +75,20 @@ def planned(base: Plan, settings: Mapping[str, Any], out: Path | None = None) ->
     if callable(check := getattr(method, "check", None)):
         check(found.request())
     return found
+
+
+def check_names(base: Case, method: Method) -> None:
+    """Refuse a scope, or parts that the method is to change, of which the model has none.
+
+    Raises:
+        UnlearnError: which one.
+    """
+    names = base.checkpoint.parameter_names()
+    scope = getattr(method, "scope", "all")
+    if scope not in WORDS:
+        matching(scope, names)
+    if callable(check := getattr(method, "check_names", None)):
+        check(names)
 
 
 class Trying:
@@ -183,7 +197,10 @@ def memorization(found: Sequence[Finding], signals: Any = None) -> Objectives:
 
 
 def looked(model: nn.Module, case: Case, run: Run) -> float | None:
-    """Share of right answers on a few records that must stay; None of models that draw."""
+    """Share of answers, or their tokens, that are right on a few records that must stay.
+
+    None of models that draw.
+    """
     kept = case.sets.retain or case.sets.holdout
     if kept is None or run.task.name == "diffusion":
         return None

@@ -112,12 +112,13 @@ def plain(done: Tuned) -> dict[str, Any]:
     }
 
 
-def write(done: Tuned, identity: str, target: str) -> None:
+def write(done: Tuned, identity: str, worker: str, target: str) -> None:
     """best.yaml, tune.html and trials.json; each replaces what an earlier call left.
 
     Args:
         done: the search.
         identity: of the request, by which a repeated command knows it.
+        worker: that did it, by which a repeated command knows its trials.
         target: what is forgotten, for people.
     """
     out, found, words = done.directory, done.best, done.words
@@ -133,7 +134,8 @@ def write(done: Tuned, identity: str, target: str) -> None:
     with written_whole(out / "tune.html") as new:
         new.write_text(render(done, target))
     with written_whole(out / FILE) as new:  # last: it says that the others are there
-        record = {"schema_version": "1", "status": "complete", "identity": identity, **plain(done)}
+        record = {"schema_version": "1", "status": "complete", "identity": identity,
+                  "worker": worker, **plain(done)}  # fmt: skip
         new.write_text(json.dumps(record, indent=2) + "\n")
 
 

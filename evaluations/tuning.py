@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,15 +23,15 @@ import yaml
 from unlearn import checkpoint as checkpoints
 from unlearn import distributed, ranges, registry
 from unlearn.case import Case, check_out
-from unlearn.config import RunConfig, TuneConfig, configure
+from unlearn.config import UNREAD, RunConfig, TuneConfig, configure
 from unlearn.errors import BadInput, MissingNeed, UnlearnError, Unsupported
 from unlearn.evaluations import criteria as rules
 from unlearn.evaluations import guards, tuned
-from unlearn.evaluations.trials import LEARNS, Trying, fixed, planned
+from unlearn.evaluations.trials import LEARNS, Trying, check_names, fixed, planned
 from unlearn.evaluations.tuned import FILE, Tuned
 from unlearn.interface import Classes, Records
 from unlearn.plan import Plan, plan
-from unlearn.ranges import Space, Subset
+from unlearn.ranges import Choice, Space, Subset
 from unlearn.run import Progress, Silent
 
 WHERE = {"resnet": "classification", "llama": "causal_lm"}  # recipes' names say what for
@@ -70,15 +71,15 @@ def search(config: TuneConfig, progress: Progress | None = None) -> Tuned:
     base, space = requested(config)
     identity = _identity(base, space, criteria.digest())
     out = Path(config.out).absolute()
-    with _begun(out, identity), quiet():
+    with _begun(out, identity) as name, quiet():
         url = config.storage or f"sqlite:///{out / 'study.db'}"
         study = opened(url, identity, config.method)
-        worker = Worker(study, url, base, space, config.trials, out, progress or Silent())
+        worker = Worker(study, url, base, space, config.trials, out, name, progress or Silent())
         worker.work(starts(base, space, tuple(config.range)), Trying(base, config.criteria))
         learns = config.method == LEARNS
         words = ("memorization", "quality") if learns else ("forgetting", "utility")
         done = Tuned(out, config.method, words, worker.rows(), config.seed)
-        tuned.write(done, identity, str(base.target))
+        tuned.write(done, identity, name, str(base.target))
         shutil.rmtree(out / "runs", ignore_errors=True)
         (out / "study.db.lock").unlink(missing_ok=True)
     if done.best is None:
@@ -91,6 +92,11 @@ def search(config: TuneConfig, progress: Progress | None = None) -> Tuned:
 
 def requested(config: TuneConfig) -> tuple[Plan, dict[str, Space]]:
     """The request with the method's defaults, all checked, and where to look."""
+    if unread := sorted(config.model_fields_set & UNREAD):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+        raise BadInput(
+            f"{flags} means nothing to a search, which audits every trial quickly: leave it out"
+        )
     given = {k: v for k, v in config if k in RunConfig.model_fields} | {"out": None}
     held = {*config.set} if config.scope is None else {*config.set, "scope"}
     if twice := sorted(config.range.keys() & held):
@@ -102,6 +108,7 @@ def requested(config: TuneConfig) -> tuple[Plan, dict[str, Space]]:
             f"{config.method} has nothing left to search: name a range, such as --range lr=LOW:HIGH"
         )
     base = plan(configure(RunConfig, **given, audit="quick"))
+    _check_choices(base, space)
     task, sets = base.checkpoint.task.name, base.sets
     if base.checkpoint.source == checkpoints.MEMORY:
         raise BadInput(
@@ -122,6 +129,21 @@ def requested(config: TuneConfig) -> tuple[Plan, dict[str, Space]]:
         if unknown and (why := guards.blind_baseline(base, rules.read(config.criteria))[1]):
             raise MissingNeed(f"{why} Pass --retrained, or a holdout of the same kind.")
     return base, space
+
+
+def _check_choices(base: Plan, space: Mapping[str, Space]) -> None:
+    """Refuse choices that name parameters which the model does not have.
+
+    Raises:
+        UnlearnError: which one.
+    """
+    for name, found in space.items():
+        for value in found.values if isinstance(found, Choice) else ():
+            try:
+                method = registry.build(base.method_name, {**base.given, name: value})
+            except BadInput:
+                continue  # it goes with other settings than the defaults
+            check_names(base, method)
 
 
 def starts(base: Plan, space: Mapping[str, Space], named: tuple[str, ...]) -> dict[str, Any]:
@@ -179,12 +201,19 @@ def _identity(base: Plan, space: Mapping[str, Space], criteria: str) -> str:
 
 
 @contextmanager
-def _begun(out: Path, identity: str) -> Iterator[None]:
+def _begun(out: Path, identity: str) -> Iterator[str]:
     """The directory of this worker, ours alone; made where nothing was begun.
+
+    A request that is refused before its first trial leaves none that it made.
+
+    Yields:
+        The name of this worker, which the directory keeps for the calls that go on.
 
     Raises:
         BadInput: another process is at it, or it holds something else.
     """
+    if not out.exists():
+        check_out(out)
     lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -193,10 +222,11 @@ def _begun(out: Path, identity: str) -> Iterator[None]:
             f"another process is searching in {out}: give every worker an --out of its own"
         ) from error
     try:
-        if not out.exists():
-            check_out(out)
+        if new := not out.exists():
             out.mkdir()
-            (out / FILE).write_text(json.dumps({"status": "unfinished", "identity": identity}))
+            name = secrets.token_hex(8)  # hosts and paths may change
+            begun = {"status": "unfinished", "identity": identity, "worker": name}
+            (out / FILE).write_text(json.dumps(begun))
         try:
             begun = json.loads((out / FILE).read_text())
         except (OSError, ValueError):
@@ -204,7 +234,12 @@ def _begun(out: Path, identity: str) -> Iterator[None]:
         if begun.get("identity") != identity:
             what = "a search with another request" if begun else "something else"
             raise BadInput(f"{out} holds {what}: choose another --out, or delete it")
-        yield
+        try:
+            yield str(begun["worker"])
+        except BadInput:
+            if new and not (out / "runs").exists():
+                shutil.rmtree(out)
+            raise
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)

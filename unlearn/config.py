@@ -216,8 +216,15 @@ class AuditConfig(CaseConfig):
     ] = "standard"
 
 
+# what a search has no use for: closer audits than that of a trial read it, or reports
+UNREAD = {
+    "translations", "translator", "jailbreaks", "acr", "shadows", "training", "shadow_cache",
+    "include_examples",
+}  # fmt: skip
+
+
 class TuneConfig(CaseConfig):
-    """Everything `unlearn tune` can be told."""
+    """Everything `unlearn tune` can be told, but for what stands in ``UNREAD``."""
 
     checkpoint: Annotated[
         Any, Field(description="every trial starts from it; in any form `run` takes, on disk")
@@ -230,6 +237,13 @@ class TuneConfig(CaseConfig):
     trials: Annotated[
         int, Field(ge=1, description="trials in total, of all workers and of earlier calls")
     ] = 20
+    out: Annotated[
+        str | Path | None,
+        Field(
+            description="the directory of this worker: a new one, or that of the same command "
+            "before, which then goes on"
+        ),
+    ] = None
     storage: Annotated[
         str | None,
         Field(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -19,6 +20,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from unlearn.errors import BadInput, did_you_mean
+
+NOTHING = "none"  # the word of users for None, where it is no word of the field's own
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Range:
 
     def __post_init__(self) -> None:
         """Refuse a range that holds nothing, or that no search can draw from."""
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise ValueError(f"a range goes from one finite number to another: {self}")
         if not self.low < self.high:
             raise ValueError(f"a range goes from a lower to a higher number: {self}")
         if self.log and (self.low <= 0 or self.step is not None):
@@ -50,6 +55,11 @@ class Range:
     def whole(self) -> bool:
         """Whether it holds whole numbers only."""
         return all(isinstance(v, int) for v in (self.low, self.high, self.step or 1))
+
+    def in_whole_numbers(self) -> Range:
+        """The same in whole numbers."""
+        step = None if self.step is None else int(self.step)
+        return Range(int(self.low), int(self.high), self.log, step)
 
     def holds(self, value: Any) -> bool:
         """Whether a value lies in it."""
@@ -130,22 +140,28 @@ def chosen(method: type[Any], name: str, given: Mapping[str, Any]) -> dict[str, 
     Raises:
         BadInput: no such hyperparameter, no range, or one that holds what the method refuses.
     """
-    fields = {f.name for f in dataclasses.fields(method) if f.init}
+    fields = {f.name: f.default for f in dataclasses.fields(method) if f.init}
     ranges = space(method)
     for key, text in given.items():
         if key not in fields:
             raise BadInput(f"{name} has no hyperparameter {key!r}: {did_you_mean(key, fields)}")
-        ranges[key] = parse(key, text)
-        for value in ends(ranges[key]):
+        found = parse(key, text)
+        if isinstance(found, Choice) and (fields[key] is None or refused(method, key, NOTHING)):
+            found = Choice(tuple(None if value == NOTHING else value for value in found.values))
+        for value in ends(found):
             if fault := refused(method, key, value):
                 raise BadInput(f"--range {key}={text} holds {value!r}, and {name} says: {fault}")
+        if isinstance(found, Range) and found.low % 1 == found.high % 1 == 0:
+            between = found.low + 0.5
+            found = found.in_whole_numbers() if refused(method, key, between) else found
+        ranges[key] = found
     return ranges
 
 
 def ends(found: Space) -> tuple[Any, ...]:
-    """The values that lie farthest out: both bounds, or every choice."""
+    """The values that a field must take: both bounds and a step from the first, or every choice."""
     if isinstance(found, Range):
-        return (found.low, found.high)
+        return (found.low, found.high, *([found.low + found.step] if found.step else []))
     return found.values if isinstance(found, Choice) else ()
 
 
@@ -179,7 +195,7 @@ def parse(key: str, text: Any) -> Space:
                 return Range(low, high, log=True)
             return Range(low, high, step=_number(parts[2]) if parts[2:] else None)
         return Choice(tuple(map(_value, str(text).split(","))))
-    except ValueError as error:
+    except (OverflowError, ValueError) as error:
         raise BadInput(f"{form} ({error})") from error
 
 
@@ -195,4 +211,10 @@ def _value(text: str) -> Any:
     try:
         return _number(text)
     except ValueError:
-        return None if text.strip().lower() == "none" else yaml.safe_load(text)
+        pass
+    if text.strip().lower() == NOTHING:
+        return NOTHING  # what that means depends on the field
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # such as a pattern that begins with a star
