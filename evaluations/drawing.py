@@ -18,9 +18,9 @@ from unlearn.attacks.interface import Attack
 from unlearn.attacks.signals import Signals
 from unlearn.case import Case
 from unlearn.errors import BadInput
+from unlearn.evaluations import clip, exposure, guards, pictures
 from unlearn.evaluations import criteria as rules
-from unlearn.evaluations import exposure, guards, pictures
-from unlearn.evaluations.examination import concluded, request
+from unlearn.evaluations.examination import concluded, label, request
 from unlearn.evaluations.judging import judge
 from unlearn.evaluations.measure import nonmembers, parts
 from unlearn.evaluations.pictures import Drawn
@@ -50,7 +50,8 @@ class DiffusionExamination:
         """Find a judge, and what to draw.
 
         Raises:
-            BadInput: a deep audit, impossible settings, or a classifier that cannot judge.
+            BadInput: a deep audit, impossible settings, a CLIP model that is none, or a classifier
+                that cannot judge.
         """
         self.depth = case.config.audit  # type: ignore[attr-defined]
         if self.depth == "deep":
@@ -59,6 +60,8 @@ class DiffusionExamination:
                 "diffusion pipelines: pass --audit standard"
             )
         self.sampling = pictures.sampling(case)
+        named = case.config.clip
+        self.clip = None if named is None else clip.read(case.clip, label(str(named)))
         self.judge, self.unjudged = judge(case)
         self.conditions = pictures.conditions(case, self.sampling, self.judge)
 
@@ -68,8 +71,9 @@ class DiffusionExamination:
         searched = None if isinstance(case.target, Records) else self.known
         self.weights[role] = _weights(model, case.checkpoint.task)
         self.drawn[role] = pictures.drawn(
-            role, model, self.conditions, self.sampling, self.judge, run, self.depth, searched
-        )
+            role, model, self.conditions, self.sampling, self.judge, run, self.depth, searched,
+            self.clip,
+        )  # fmt: skip
         if model.steps and model.steps != self.sampling.steps:
             run.note(
                 f"The {role} pipeline is made to be sampled in {model.steps} "
@@ -113,7 +117,10 @@ class DiffusionExamination:
 
     def seen(self, case: Case, run: Run) -> Seen:
         """What all models drew."""
-        return Seen(self.conditions, self.drawn, self.judge, self.unjudged, case, run.device)
+        return Seen(
+            self.conditions, self.drawn, self.judge, self.unjudged, case, run.device,
+            self.clip.name if self.clip else "",
+        )  # fmt: skip
 
     def attacked(self, case: Case) -> list[exposure.Scores]:
         """Membership attacks on the forget records, if there is anything to tell them from."""
@@ -150,12 +157,15 @@ class DiffusionExamination:
             for s, n in often.items()
         )
         how = f"{self.sampling.steps} steps, guidance {self.sampling.guidance:g}"
+        told = {"pictures": f"{counts}, {how}"}
+        if self.clip:
+            told["CLIP model"] = f"{self.clip.name}, weights {self.clip.fingerprint[:16]}"
         if self.judge is None:
-            return {"pictures": f"{counts}, {how}", "judge": "none"}
+            return told | {"judge": "none"}
         right, text = self.judge.right, self.judge.title
         if right:
             text += f", right on {np.mean(right):.1%} of {len(right)} real pictures it never saw"
-        return {"pictures": f"{counts}, {how}", "judge": text}
+        return told | {"judge": text}
 
     def _limits(self, case: Case) -> tuple[str, ...]:
         found = [

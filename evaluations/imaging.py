@@ -173,7 +173,7 @@ def clip_score(pictures: Any, texts: Any, weight: float = 2.5) -> Array:
         raise BadInput(f"there are {len(a)} pictures and {len(b)} texts: give one per picture")
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(1) / np.maximum(lengths, np.finfo(float).tiny)
-    return np.asarray(weight * np.maximum(0.0, cosine))
+    return np.asarray(weight * np.clip(cosine, 0.0, 1.0))  # above 1 by rounding alone
 
 
 class Nearest(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from unlearn.attacks.signals import Signals
 from unlearn.case import Case
 from unlearn.data import record_hashes
 from unlearn.errors import BadInput, Faults, did_you_mean
+from unlearn.evaluations.clip import Clip
 from unlearn.evaluations.judging import Judge, concepts, shown_by
 from unlearn.interface import Classes, Concepts, Records, Target
 from unlearn.pipeline import Pipeline
@@ -226,6 +227,8 @@ class Drawn:
         features: by condition, the judge's, shape (count, dim); empty without one.
         steps: network calls each picture took.
         numbers: what attacks found, by name.
+        matched: by number of a condition that has a prompt, the CLIP score of every picture with
+            it, shape (count,); empty without a CLIP model.
     """
 
     pictures: list[Tensor]
@@ -233,6 +236,7 @@ class Drawn:
     features: list[Array]
     steps: int
     numbers: Mapping[str, Array]
+    matched: Mapping[int, Array] = field(default_factory=dict)
 
 
 Shows = Callable[[Tensor], Array]
@@ -358,7 +362,7 @@ SCORES: tuple[Score, ...] = tuple(
 
 def drawn(
     role: str, model: Pipeline, asked: list[Condition], sampled: Sampling, judge: Judge | None,
-    run: Run, depth: Depth, known: dict[Any, Known] | None,
+    run: Run, depth: Depth, known: dict[Any, Known] | None, clip: Clip | None = None,
 ) -> Drawn:  # fmt: skip
     """Draw for every condition, and let the judge look; what was drawn before is read back.
 
@@ -372,6 +376,7 @@ def drawn(
         depth: of the audit.
         known: by condition, what attacks may start from that look for ways to what was forgotten,
             filled with what the original draws; None: none is run.
+        clip: says how well pictures match their prompts; None: nobody.
     """
     # of forgotten records nothing that may show them is kept
     kept_apart = run.work if known is not None else None
@@ -386,6 +391,7 @@ def drawn(
             with written_whole(path) as new:
                 save_file({str(i): p.contiguous() for i, p in enumerate(pictures)}, new)
     seen = [judge.look(part, run.device) for part in pictures] if judge else []
+    matched = _matched(role, asked, pictures, clip, run) if clip else {}
     numbers: dict[str, Array] = {}
     if judge and known is not None:
         if role == "original":
@@ -407,8 +413,9 @@ def drawn(
             if found:
                 numbers[search.name] = np.concatenate(found)
     return Drawn(
-        pictures, [s[0] for s in seen], [s[1] for s in seen], model.steps or sampled.steps, numbers
-    )
+        pictures, [s[0] for s in seen], [s[1] for s in seen], model.steps or sampled.steps,
+        numbers, matched,
+    )  # fmt: skip
 
 
 def _pictures(
@@ -428,6 +435,21 @@ def _pictures(
             run.progress.advance(f"draw with {role}", done, total, {})
         found.append(torch.cat(parts))
     return found
+
+
+def _matched(
+    role: str, asked: list[Condition], pictures: list[Tensor], clip: Clip, run: Run
+) -> dict[int, Array]:
+    """The CLIP scores of all conditions that have a prompt; known ones are read back."""
+    prompts = {i: c.wanted for i, c in enumerate(asked) if isinstance(c.wanted, str) and c.wanted}
+
+    def compute() -> dict[str, Tensor]:
+        drawn, phase = [pictures[i] for i in prompts], f"match pictures of {role} with prompts"
+        found = clip.scores(list(prompts.values()), drawn, run, phase)
+        return {str(i): torch.from_numpy(s) for i, s in zip(prompts, found, strict=True)}
+
+    kept = run.once(f"clip_{role}", compute)
+    return {i: kept[str(i)].cpu().numpy() for i in prompts}
 
 
 def _shows(judge: Judge, classes: frozenset[int] | None, run: Run) -> Shows:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from unlearn.attacks.membership.entropy import entropy
 from unlearn.case import Case
 from unlearn.evaluations import imaging, pictures
 from unlearn.evaluations.criteria import Check, Criteria, Effect, Outcome
-from unlearn.evaluations.findings import mean_of
+from unlearn.evaluations.findings import mean_of, shown
 from unlearn.evaluations.judging import Judge
 from unlearn.evaluations.pictures import Condition, Drawn
 from unlearn.evaluations.privacy import clopper_pearson
@@ -51,6 +51,7 @@ class Seen:
         unjudged: why nobody did.
         case: target and sets.
         device: where the judge looks.
+        clip: name of the CLIP model that compared pictures with prompts; "": none did.
     """
 
     conditions: list[Condition]
@@ -59,6 +60,7 @@ class Seen:
     unjudged: str
     case: Case
     device: torch.device
+    clip: str = ""
 
     def checks(self, criteria: Criteria) -> list[Check]:
         """Everything that pictures tell."""
@@ -71,6 +73,7 @@ class Seen:
             *(self._copies(criteria) if of_records else []),
             *self._quality(criteria),
             *self._retained_accuracy(criteria, doubt),
+            *self._clip_scores(),
             *self._distances(),
             *accuracy,
         ]
@@ -250,6 +253,29 @@ class Seen:
         effect = _kept(hits["unlearned"], hits["original"], rule.margin)
         fields["criterion"] = effect.criterion
         return [Check(name, "retain", effect, fields=fields)]
+
+    def _clip_scores(self) -> list[Check]:
+        """How well pictures match their prompts, as a CLIP model sees it; for information.
+
+        Forgotten records say nothing of their captions, which may well be drawn afterwards.
+        """
+        gone = "closer_to_retrained" if isinstance(self.case.target, Records) else "lower"
+        return [
+            *self._clip_score("forget", {"better": gone, "group": "extraction"}),
+            *self._clip_score("retain", {"better": "higher", "group": "utility"}),
+        ]
+
+    def _clip_score(self, subset: Literal["forget", "retain"], told: dict[str, Any]) -> list[Check]:
+        rows = [i for i in self.rows(subset) if i in self.drawn["unlearned"].matched]
+        if not rows:
+            return []
+        fields = shown(
+            f"CLIP score: how well pictures match their prompts, as {self.clip} sees it",
+            self.by_model(lambda drawn: np.concatenate([drawn.matched[i] for i in rows])),
+            (0.0, 2.5), unit="2.5 times the cosine", counted="pictures",
+            source="Hessel et al. 2021, arXiv 2104.08718", **told,
+        )  # fmt: skip
+        return [Check("clip_score", subset, fields=fields)]
 
     def _distances(self) -> list[Check]:
         """How the retained pictures of each model lie to others of the original, and to real ones.

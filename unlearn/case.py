@@ -24,6 +24,7 @@ from unlearn.interface import Classes, Concepts, Method, Records, Target
 from unlearn.tasks.base import Encoded, Task
 from unlearn.tasks.classification import Classification
 from unlearn.tasks.diffusion import Diffusion, words
+from unlearn.weights import fingerprint_files
 
 SetName = Literal["forget", "retain", "holdout", "holdout_forget", "neighbours"]
 
@@ -89,6 +90,7 @@ class Case:
             json.dumps([self.method_name, self.hyperparameters], sort_keys=True, default=str),
             *(checkpoint.fingerprint if checkpoint else "" for checkpoint in found),
             *([self.classifier.fingerprint] if self.config.classifier is not None else []),
+            *([content(self.clip)] if self.config.clip is not None else []),
             *(
                 content(getattr(self.config, name))
                 for name in ("translations", "translator", "jailbreaks")
@@ -105,6 +107,21 @@ class Case:
         trusted = Options(trust_remote_code=self.config.trust_remote_code)
         return checkpoints.inspect(self.config.classifier, trusted)
 
+    @cached_property
+    def clip(self) -> Path:
+        """The directory of the CLIP model, where one was given; a hub name is downloaded.
+
+        Raises:
+            BadInput: no such directory, nor on the hub.
+        """
+        name = str(self.config.clip)
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        if not path.exists() and name.count("/") == 1 and not name.startswith((".", "~", "/")):
+            return checkpoints.download(name)
+        raise BadInput(f"the CLIP model {name} is no directory: check the path")
+
     def tasks(self) -> dict[str, Task]:
         """How each checkpoint reads records, by role."""
         found = {
@@ -118,7 +135,7 @@ class Case:
 # settings that identity() takes by content, or that decide nothing
 BY_CONTENT = (
     "checkpoint", "original", "unlearned", "forget", "retain", "holdout", "data", "retrained",
-    "classifier", "neighbours", "translations", "translator", "jailbreaks",
+    "classifier", "clip", "neighbours", "translations", "translator", "jailbreaks",
     "out", "save_every", "shadow_cache",
 )  # fmt: skip
 
@@ -129,10 +146,7 @@ def content(given: Any) -> str:
         given = {name: content(part) for name, part in given.items()}
     elif isinstance(given, str | Path) and (path := Path(given)).exists():
         files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-        given = [
-            (str(file.relative_to(path)), hashlib.sha256(file.read_bytes()).hexdigest())
-            for file in files
-        ]
+        given = [(str(file.relative_to(path)), fingerprint_files([file])) for file in files]
     return json.dumps(given, sort_keys=True, default=str)
 
 
@@ -241,6 +255,16 @@ def _check_closer(config: CaseConfig, task: Task) -> None:
         raise BadInput(f"--{named[0]} is for deep audits (--audit deep) of language models")
     if config.neighbours is not None and isinstance(task, Diffusion):
         raise BadInput("--neighbours are records: of what a pipeline draws, name --keep-concepts")
+    if config.clip is not None:
+        if not isinstance(task, Diffusion):
+            raise BadInput("--clip looks at pictures, and this model draws none: leave it out")
+        if task.tokenizer is None:
+            raise BadInput(
+                "--clip compares pictures with their prompts, and this pipeline takes no prompts: "
+                "leave it out"
+            )
+        if getattr(config, "audit", None) == "none":
+            raise BadInput("--clip is for the audit, and there is none: leave it out")
 
 
 def _as_labelled(task: Task, like: Task) -> Task:

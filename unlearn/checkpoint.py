@@ -158,12 +158,12 @@ def inspect(source: Any, options: Options | None = None) -> Checkpoint:
     if path.is_dir():
         return replace(_from_directory(str(source), path, options), options=options)
     if str(source).count("/") == 1 and not str(source).startswith((".", "~")):
-        found = _from_directory(str(source), _download(str(source)), options)
+        found = _from_directory(str(source), download(str(source)), options)
         return replace(found, options=options)
     raise BadInput(f"the checkpoint {source} does not exist: check the path")
 
 
-def _download(name: str) -> Path:
+def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:

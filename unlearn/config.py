@@ -74,6 +74,13 @@ class CaseConfig(BaseModel):
         Any,
         Field(description="image classifier that judges generated pictures, in any form of model"),
     ] = None
+    clip: Annotated[
+        str | Path | None,
+        Field(
+            description="directory or hub name of a CLIP model; an audit says how well it finds "
+            "pictures to match their prompts"
+        ),
+    ] = None
     retrained: Annotated[
         Any, Field(description="a checkpoint trained without the forget set, as reference")
     ] = None
@@ -219,7 +226,7 @@ class AuditConfig(CaseConfig):
 # what a search has no use for: closer audits than that of a trial read it, or reports
 UNREAD = {
     "translations", "translator", "jailbreaks", "acr", "shadows", "training", "shadow_cache",
-    "include_examples",
+    "include_examples", "clip",
 }  # fmt: skip
 
 
