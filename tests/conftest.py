@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client
 import logging
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from filelock import FileLock
@@ -19,6 +20,9 @@ from unlearn.interface import Subject
 from unlearn.weights import save
 
 torch.set_num_threads(1)
+# the same examples in every run, however long a busy machine takes for one
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 CLASSES = ("ant", "bee", "cat", "dog")

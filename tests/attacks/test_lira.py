@@ -114,7 +114,7 @@ def test_scaled_logprob_refuses_losses():
 # the attacks
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS)
 def test_per_example_scores_equal_a_loop_over_normal_laws(seed):
     target, shadows, member = split(*pool(seed))
@@ -160,7 +160,7 @@ def test_pooled_deviation_counts_degrees_of_freedom():
 
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("attack", ATTACKS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=SEEDS)
 def test_order_does_not_matter(attack, variance, seed):
     target, shadows, member = split(*pool(seed))
@@ -177,7 +177,7 @@ def test_order_does_not_matter(attack, variance, seed):
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=SEEDS)
 def test_scores_do_not_depend_on_units_or_difficulty(variance, seed):
     target, shadows, member = split(*pool(seed))
@@ -188,7 +188,7 @@ def test_scores_do_not_depend_on_units_or_difficulty(variance, seed):
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=SEEDS)
 def test_swapping_the_sides_negates_the_ratio(variance, seed):
     target, shadows, member = split(*pool(seed))

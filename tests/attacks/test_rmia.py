@@ -46,7 +46,7 @@ def by_definition(args, a=None, gamma=1.0):
     return (np.array(ratio)[:, None] / np.array(z_ratio)[None, :] > gamma).mean(axis=1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SEEDS, st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([1.0, 1.37, 2.0]))
 def test_sorting_gives_the_scores_of_the_whole_matrix(seed, a, gamma):
     args, _ = world(seed)
@@ -79,7 +79,7 @@ def test_every_reference_counts_at_population_points_and_only_outsiders_offline(
         assert rmia.online(*args, z_target, z_references) == [expected]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS)
 def test_order_does_not_matter(seed):
     args, _ = world(seed)
@@ -101,7 +101,7 @@ def test_order_does_not_matter(seed):
         assert attack(*log_shuffled) == pytest.approx(attack(*log)[i], abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS)
 def test_offline_ignores_references_that_saw_the_example(seed):
     args, _ = world(seed, offline_only=True)
@@ -265,7 +265,7 @@ def test_bad_input_is_refused():
 # BASE
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS)
 def test_base_by_definition(seed):
     (target, references, member, *_), _ = world(seed)
@@ -286,7 +286,7 @@ def test_base_with_balanced_references_is_the_plain_mean_of_the_paper():
     assert base.online(np.log(target), np.log(references), member) == pytest.approx(expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS)
 def test_base_and_rmia_rank_alike(seed):
     args, _ = world(seed, n=50, z=300)

@@ -105,7 +105,7 @@ def test_the_score_is_the_log_ratio_of_two_laws(variance):
     assert queries == pytest.approx(score)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_order_of_shadows_and_examples_does_not_matter(seed):
     statistics, member = one_pool(nothing)

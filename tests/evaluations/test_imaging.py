@@ -38,7 +38,7 @@ def test_frechet_distance_of_fewer_samples_than_features() -> None:
     assert imaging.frechet_distance(a, a + 2) == pytest.approx(50 * 4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 9), m=st.integers(2, 9), d=st.integers(1, 6))
 def test_frechet_distance_is_symmetric_and_no_rotation_changes_it(
     seed: int, n: int, m: int, d: int

@@ -78,7 +78,7 @@ def test_a_whole_class_goes_at_once(n: int, d: int) -> None:
     assert np.allclose(ridge.weights().numpy(), wanted, rtol=1e-9, atol=1e-13)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.integers(1, 30), st.data())
 def test_any_order_is_ridge_on_the_survivors(seed: int, d: int, draw: st.DataObject) -> None:
     rows, labels = data(40, d, seed=seed)

@@ -209,9 +209,7 @@ def test_files_that_only_claim_to_be_safetensors(tmp_path, content):
     assert "not a safetensors file" in wrong(tmp_path / "net.safetensors", Options(FACTORY))
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 400), value=st.integers(0, 255))
 def test_a_damaged_header_is_named_or_harmless(tiny_vectors, tmp_path, position, value):
     whole = bytearray(tiny_vectors.read_bytes())
