@@ -164,6 +164,11 @@ def inspect(source: Any, options: Options | None = None) -> Checkpoint:
 
 
 def download(name: str) -> Path:
+    """Weights, configuration and tokenizer of a model on the hub; where they lie now.
+
+    Raises:
+        BadInput: there is none, or no way to it.
+    """
     from huggingface_hub import snapshot_download
 
     try:
