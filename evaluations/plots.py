@@ -45,6 +45,7 @@ WIDTH = (
 )
 TEXT = 9.5
 CURVES = ("unlearned", "original", "retrained", "control")  # inks of shares(), in order
+NAMED = 12  # runs of a trade-off; the names of more would write over each other
 LONGEST = 240  # points of a drawn curve; more cannot be told apart at this width
 RAREST = 1e-3  # smallest rate on the axes of a ROC
 
@@ -324,7 +325,9 @@ def trade_off(
     words: tuple[str, str] = ("distance from having forgotten", "share of utility kept"),
     names: Sequence[str] = (),
 ) -> Drawing:
-    """Forgetting against utility, a named point per run; the upper left corner is best.
+    """Forgetting against utility, a point per run; the upper left corner is best.
+
+    Of more than ``NAMED`` runs those on the front have names.
 
     Args:
         points: (distance from having forgotten, share of utility kept) of each run.
@@ -344,7 +347,7 @@ def trade_off(
     right, low, high = float(x.max()), float(y.min()), float(y.max())
     right, margin = right or 0.1, max(0.15 * (high - low), 0.02)
     places: dict[tuple[int, int], list[int]] = {}  # runs that would write over each other
-    for i in range(x.size):
+    for i in range(x.size) if x.size <= NAMED else np.flatnonzero(best).tolist():
         near = round(12 * x[i] / right), round(6 * (y[i] - low) / (high - low + margin))
         places.setdefault(near, []).append(i)
 
@@ -370,7 +373,7 @@ def trade_off(
         axes.set_ylim(low - margin, high + margin)
         axes.set_xlabel(words[0])
         axes.set_ylabel(words[1])
-        return Drawing(_svg(figure, label), f"Not beaten in both by any other: {front}.")
+        return Drawing(_svg(figure, label), f"Beaten by no other: {front}.")
 
 
 def shares(
