@@ -9,7 +9,7 @@ verdict.
 family      ``forgetting`` (required, forget set)  ``utility`` (required, sets that must stay)
 ==========  =====================================  ===========================================
 texts       extraction strength, membership,       extraction strength and ROUGE-L on the
-            lens, relearning                       retain set
+            lens, relearning                       retain set, answers about neighbours
 classifier  accuracy, membership, probes,          accuracy on the retain set and the holdout
             relearning
 diffusion   unlearning accuracy, picture quality,  retained accuracy of pictures

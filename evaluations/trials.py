@@ -30,7 +30,7 @@ from unlearn import registry
 from unlearn.case import Case
 from unlearn.errors import UnlearnError
 from unlearn.evaluations import criteria as rules
-from unlearn.evaluations import exposure, findings, guards
+from unlearn.evaluations import exposure, findings, guards, robustness
 from unlearn.evaluations.criteria import Check, Criteria, Decision
 from unlearn.evaluations.examination import Examination, examiner, finding
 from unlearn.evaluations.objectives import Objectives, objectives
@@ -142,6 +142,7 @@ class Trying:
         audit, criteria = self.audit, self.criteria
         if isinstance(audit, Examination):
             checks = findings.checks(audit.measured, case, criteria, self.blind)
+            checks += robustness.checks(audit.measured, case, criteria)
             scores = exposure.score(audit.measured, case, None)[0]
         else:
             checks = audit.seen(case, run).checks(criteria)

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_model
 
 from tests import plain
+from unlearn import demo, forget
 from unlearn.cli.main import cli
 from unlearn.config import TuneConfig, configure
 from unlearn.errors import BadInput, UnlearnError, Unsupported
@@ -30,6 +31,7 @@ from unlearn.evaluations.schema import Finding, Value
 from unlearn.evaluations.trials import Hopeless, Trying, memorization
 from unlearn.evaluations.tuned import Row, best, front
 from unlearn.run import Silent
+from unlearn.weights import save
 
 # what a trial is worth
 
@@ -281,6 +283,23 @@ def test_from_the_command_line_to_a_run_with_the_best_recipe(world: Path, tmp_pa
     again = objectives(read(tmp_path / "run" / "report.json").findings).parts
     assert {"accuracy.forget", "accuracy.holdout"} <= again.keys() <= judged.keys()
     assert again == pytest.approx({name: judged[name] for name in again})
+
+
+def test_neighbours_of_a_language_model_count_as_in_a_report(
+    lm_files: Path, lm_world: demo.World, tmp_path: Path
+) -> None:
+    subject = demo.tiny_llama([*lm_world.forget, *lm_world.retain], width=16, depth=1)
+    model, epochs = tmp_path / "model", {"epochs": 0.5}
+    save(demo.train(subject, lm_world.retain, epochs=20), torch.float32, model)
+    asked = {name: lm_files / f"{name}.jsonl" for name in demo.World._fields}
+    asked |= {"method": "grad_diff", "neighbours": lm_world.retain[:4], "set": epochs}
+    asked |= {"retrained": model, "retain": lm_world.retain[4:]}
+    done = tune(model, **asked, range={"lr": "1e-4,1e-3"}, trials=1, out=tmp_path / "tuned")
+    (row,) = done.rows
+    again = forget(model, **asked | {"set": row.settings}, audit="quick").report
+    assert row.objectives.parts["side_effects.neighbours"] == pytest.approx(
+        objectives(again.findings).parts["side_effects.neighbours"]
+    )
 
 
 def test_defaults_and_recipes_come_first_where_they_fit(world: Path) -> None:
