@@ -23,13 +23,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from unlearn import scripts
 from unlearn.attacks import relearning
 from unlearn.attacks.interface import Elicited, Ground, Inapplicable, Prompting
 from unlearn.attacks.prompting import Try, asked, elicited
 from unlearn.errors import BadInput
 from unlearn.generation import true_answers
 from unlearn.run import Run
-from unlearn.scripts import unspaced
 from unlearn.tasks.base import Encoded, Encoding
 from unlearn.tasks.causal_lm import FIELDS, fields
 
@@ -41,8 +41,7 @@ def words(text: str) -> set[str]:
 
     A character of a script without spaces is a word.
     """
-    apart = "".join(f" {c} " if unspaced(c) else c for c in text.lower())
-    return set(re.findall(r"\w+", apart))
+    return set(re.findall(r"\w+", " ".join(scripts.words(text.lower()))))
 
 
 def gives_away(shown: str, question: str, truth: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from unlearn.cli import console, memorization, settings, summaries
-from unlearn.config import AuditConfig, MemorizationConfig, configure
+from unlearn.config import AuditConfig, MemorizationConfig, as_flags, configure
 from unlearn.errors import BadInput
 
 EXAMPLES = """\b
@@ -60,9 +60,8 @@ def command(
             "DATA only with --only memorization"
         )
     own = set(MemorizationConfig.model_fields) - set(AuditConfig.model_fields)
-    if odd := sorted(name for name in given if name in own):
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in odd)
-        raise BadInput(f"{named}: only with --only memorization, or leave it out")
+    if odd := own & given.keys():
+        raise BadInput(f"{as_flags(odd)}: only with --only memorization, or leave it out")
     from unlearn.evaluations import examination
 
     for name in ("original", "unlearned", "out"):

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from torch import nn
 
 from unlearn import distributed, generation
@@ -158,7 +158,7 @@ class Taking:
         def kept() -> tuple[dict[str, Array], list[str]]:
             with safe_open(path, "np") as file:
                 noted = json.loads((file.metadata() or {}).get("notes", "[]"))
-            return dict(load_file(path)), noted
+                return {key: file.get_tensor(key) for key in file.keys()}, noted  # noqa: SIM118
 
         found, noted = distributed.on_main(kept)
         for sentence in noted:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from unlearn import checkpoint as checkpoints
 from unlearn import data, distributed
 from unlearn.case import Case, Sets, check_out, device_of, options
-from unlearn.config import CaseConfig, MemorizationConfig
+from unlearn.config import CaseConfig, MemorizationConfig, as_flags
 from unlearn.errors import BadInput, Faults
 from unlearn.evaluations.counterfactual import recipe
 from unlearn.evaluations.examination import label
@@ -155,10 +155,8 @@ def plan(config: MemorizationConfig) -> Plan:
 def _check_settings(config: MemorizationConfig) -> None:
     if distributed.world() > 1:
         raise BadInput("memorization is measured in one process: start it without a launcher")
-    odd = sorted((config.model_fields_set & set(CaseConfig.model_fields)) - USED)
-    if odd:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in odd)
-        raise BadInput(f"{flags} means nothing to --only memorization: leave it out")
+    if odd := (config.model_fields_set & set(CaseConfig.model_fields)) - USED:
+        raise BadInput(f"{as_flags(odd)} means nothing to --only memorization: leave it out")
     if config.data is None:
         raise BadInput(
             "say which records the model was trained on: `--only memorization MODEL DATA`"

@@ -142,10 +142,10 @@ def trial(
     Raises:
         BadInput: the texts hold a single word, so none can be edited.
     """
-    words = words_of(*filter(None, (seen, unseen)))
-    unseen_edited = None if unseen is None else minimal_edits(unseen, words, seed)
+    others = words_of(*filter(None, (seen, unseen)))
+    unseen_edited = None if unseen is None else minimal_edits(unseen, others, seed)
     return Trial(
-        seen, begun, minimal_edits(seen, words, seed), unseen, unseen_edited, prefix, suffix, seed
+        seen, begun, minimal_edits(seen, others, seed), unseen, unseen_edited, prefix, suffix, seed
     )
 
 

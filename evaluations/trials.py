@@ -37,10 +37,8 @@ from unlearn.evaluations.objectives import Objectives, objectives
 from unlearn.evaluations.schema import Finding, Value
 from unlearn.evaluations.stability import right
 from unlearn.evaluations.statistics import auc
-from unlearn.interface import Method
-from unlearn.plan import Plan
+from unlearn.plan import Plan, check_names
 from unlearn.run import Role, Run
-from unlearn.scope import WORDS, matching
 from unlearn.workplace import Outcome
 
 LEARNS = "memcontrol"  # the method that is searched for learning without memorising
@@ -64,7 +62,7 @@ def planned(base: Plan, settings: Mapping[str, Any], out: Path | None = None) ->
         UnlearnError: the method, its needs or the scope say no.
     """
     method = registry.build(base.method_name, settings)
-    check_names(base, method)
+    check_names(method, base.checkpoint)
     found = replace(
         base,
         config=base.config.model_copy(update={"set": dict(settings), "scope": None, "out": out}),
@@ -75,20 +73,6 @@ def planned(base: Plan, settings: Mapping[str, Any], out: Path | None = None) ->
     if callable(check := getattr(method, "check", None)):
         check(found.request())
     return found
-
-
-def check_names(base: Case, method: Method) -> None:
-    """Refuse a scope, or parts that the method is to change, of which the model has none.
-
-    Raises:
-        UnlearnError: which one.
-    """
-    names = base.checkpoint.parameter_names()
-    scope = getattr(method, "scope", "all")
-    if scope not in WORDS:
-        matching(scope, names)
-    if callable(check := getattr(method, "check_names", None)):
-        check(names)
 
 
 class Trying:

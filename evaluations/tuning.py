@@ -23,14 +23,14 @@ import yaml
 from unlearn import checkpoint as checkpoints
 from unlearn import distributed, ranges, registry
 from unlearn.case import Case, check_out
-from unlearn.config import UNREAD, RunConfig, TuneConfig, configure
+from unlearn.config import UNREAD, RunConfig, TuneConfig, as_flags, configure
 from unlearn.errors import BadInput, MissingNeed, UnlearnError, Unsupported
 from unlearn.evaluations import criteria as rules
 from unlearn.evaluations import guards, tuned
-from unlearn.evaluations.trials import LEARNS, Trying, check_names, fixed, planned
+from unlearn.evaluations.trials import LEARNS, Trying, fixed, planned
 from unlearn.evaluations.tuned import FILE, Tuned
 from unlearn.interface import Classes, Records
-from unlearn.plan import Plan, plan
+from unlearn.plan import Plan, check_names, plan
 from unlearn.ranges import Choice, Space, Subset
 from unlearn.run import Progress, Silent
 
@@ -92,10 +92,10 @@ def search(config: TuneConfig, progress: Progress | None = None) -> Tuned:
 
 def requested(config: TuneConfig) -> tuple[Plan, dict[str, Space]]:
     """The request with the method's defaults, all checked, and where to look."""
-    if unread := sorted(config.model_fields_set & UNREAD):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+    if unread := config.model_fields_set & UNREAD:
         raise BadInput(
-            f"{flags} means nothing to a search, which audits every trial quickly: leave it out"
+            f"{as_flags(unread)} means nothing to a search, which audits every trial quickly: "
+            "leave it out"
         )
     given = {k: v for k, v in config if k in RunConfig.model_fields} | {"out": None}
     held = {*config.set} if config.scope is None else {*config.set, "scope"}
@@ -143,7 +143,7 @@ def _check_choices(base: Plan, space: Mapping[str, Space]) -> None:
                 method = registry.build(base.method_name, {**base.given, name: value})
             except BadInput:
                 continue  # it goes with other settings than the defaults
-            check_names(base, method)
+            check_names(method, base.checkpoint)
 
 
 def starts(base: Plan, space: Mapping[str, Space], named: tuple[str, ...]) -> dict[str, Any]:

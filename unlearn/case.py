@@ -118,7 +118,7 @@ class Case:
         path = Path(name).expanduser()
         if path.is_dir():
             return path
-        if not path.exists() and name.count("/") == 1 and not name.startswith((".", "~", "/")):
+        if not path.exists() and checkpoints.on_hub(name):
             return checkpoints.download(name)
         raise BadInput(f"the CLIP model {name} is no directory: check the path")
 

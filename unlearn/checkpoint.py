@@ -157,10 +157,15 @@ def inspect(source: Any, options: Options | None = None) -> Checkpoint:
         return replace(_from_module(path, options), options=options)
     if path.is_dir():
         return replace(_from_directory(str(source), path, options), options=options)
-    if str(source).count("/") == 1 and not str(source).startswith((".", "~")):
+    if on_hub(str(source)):
         found = _from_directory(str(source), download(str(source)), options)
         return replace(found, options=options)
     raise BadInput(f"the checkpoint {source} does not exist: check the path")
+
+
+def on_hub(name: str) -> bool:
+    """Whether what is no path here reads like a name on the hub: owner/model."""
+    return name.count("/") == 1 and not name.startswith((".", "~", "/"))
 
 
 def download(name: str) -> Path:

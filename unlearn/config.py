@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -343,6 +344,11 @@ def configure(kind: type[Config], **values: Any) -> Config:
     if faults:
         raise BadInput("\n".join(faults))
     return config
+
+
+def as_flags(names: Iterable[str]) -> str:
+    """Settings as the command line writes them, in order of their names."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

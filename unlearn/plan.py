@@ -72,9 +72,8 @@ def plan(config: RunConfig, checkpoint: Checkpoint | None = None) -> Plan:
     if config.audit == "none" and isinstance(checkpoint.task, Classification):
         checkpoint = replace(checkpoint, task=checkpoint.task.reading(method.needs.labels))
     case = cases.build(config, checkpoint, once=needs.state is not Need.NO)
+    check_names(method, checkpoint)
     scope = getattr(method, "scope", "all")
-    if scope not in WORDS:
-        matching(scope, checkpoint.parameter_names())
     if scope.startswith(SALIENCY) and Need.NO in (needs.forget, needs.labels):
         raise BadInput(
             f"{config.method} never reads the forget set and its labels, which saliency comes from"
@@ -90,9 +89,20 @@ def plan(config: RunConfig, checkpoint: Checkpoint | None = None) -> Plan:
     )
     if callable(check := getattr(method, "check", None)):
         check(planned.request())
-    if callable(check := getattr(method, "check_names", None)):  # of the model's parameters
-        check(checkpoint.parameter_names())
     return planned
+
+
+def check_names(method: Method, checkpoint: Checkpoint) -> None:
+    """Refuse a scope, or parts that the method is to change, of which the model has none.
+
+    Raises:
+        UnlearnError: which one.
+    """
+    scope = getattr(method, "scope", "all")
+    if scope not in WORDS:
+        matching(scope, checkpoint.parameter_names())
+    if callable(check := getattr(method, "check_names", None)):
+        check(checkpoint.parameter_names())
 
 
 def _check_needs(config: RunConfig, method: Method, checkpoint: Checkpoint) -> None:

@@ -69,14 +69,14 @@ def workplace(case: Case) -> Iterator[tuple[Path, bool]]:
         raise BadInput(f"another process is writing {out}: wait for it") from error
     try:
         resumed = place.exists()
-        identity = place / "identity"
-        if resumed and identity.exists() and identity.read_text() != case.identity():
+        identity, ours = place / "identity", case.identity()
+        if resumed and identity.exists() and identity.read_text() != ours:
             raise BadInput(
                 f"{place} holds an unfinished run with other settings or data: repeat its command "
                 "to finish it, delete it, or choose another --out"
             )
         place.mkdir(exist_ok=True)
-        identity.write_text(case.identity())
+        identity.write_text(ours)
         try:
             yield place, resumed
         except UnlearnError as error:
